@@ -1,0 +1,70 @@
+"""Meta Flow Maps: one-step, differentiable samples of p(x₁ | x_t), and what they are for.
+
+Conventions: noise at time 0, data at time 1. States are `(B, *D)`, times `()` or `(B,)`, and the arguments of a
+map always come in the order `(s, u, z, t, x, y)`. Docstrings cite the equations E1–E21 listed in README.md.
+"""
+
+from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, steer, value, value_gradient
+from mfm_ref.exact import ExactFlowMap
+from mfm_ref.finetuning import finetune_loss
+from mfm_ref.flow_map import FlowMap, MetaFlowMap, Network
+from mfm_ref.interpolant import (
+    coupled_interpolants,
+    denoiser_to_drift,
+    denoiser_to_score,
+    drift_to_denoiser,
+    drift_to_score,
+    glass_drift,
+    interpolate,
+    noise_scale,
+    score_to_denoiser,
+    score_to_drift,
+)
+from mfm_ref.metrics import mmd, sliced_wasserstein
+from mfm_ref.mixture import GaussianMixture
+from mfm_ref.networks import MLP
+from mfm_ref.objectives import adaptive_weight, diagonal_loss, meta_flow_map_loss, semigroup_loss
+from mfm_ref.rewards import GaussianLikelihood, LinearReward
+from mfm_ref.sampling import integrate, sample, sample_posterior
+from mfm_ref.training import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "ExactFlowMap",
+    "FlowMap",
+    "GaussianLikelihood",
+    "GaussianMixture",
+    "LinearReward",
+    "MetaFlowMap",
+    "Network",
+    "adaptive_weight",
+    "coupled_interpolants",
+    "denoiser",
+    "denoiser_to_drift",
+    "denoiser_to_score",
+    "diagonal_loss",
+    "doob_drift",
+    "dps_drift",
+    "drift_to_denoiser",
+    "drift_to_score",
+    "finetune_loss",
+    "glass_drift",
+    "guidance",
+    "integrate",
+    "interpolate",
+    "meta_flow_map_loss",
+    "mmd",
+    "noise_scale",
+    "sample",
+    "sample_posterior",
+    "score_to_denoiser",
+    "score_to_drift",
+    "semigroup_loss",
+    "sliced_wasserstein",
+    "steer",
+    "train",
+    "value",
+    "value_gradient",
+]

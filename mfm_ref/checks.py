@@ -1,0 +1,97 @@
+"""The one contract for times, states and rewards, and the errors that name what broke it.
+
+A state is `(B, *D)`. A time is a number, a tensor `()` or a tensor `(B,)`, in [0, 1]; it is always
+aligned with the *batch*, never with a feature, so `B == D` is no special case.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Time = float | Tensor
+Reward = Callable[[Tensor], Tensor]
+
+
+def check_time(t: Time, name: str = "t") -> None:
+    """Refuse a time outside [0, 1] or one that is not finite.
+
+    Raises:
+        ValueError: naming the time and the range of the values that came.
+    """
+    if torch.compiler.is_compiling():  # a data-dependent branch would break the compiled graph
+        return
+    low, high = (t.min().item(), t.max().item()) if isinstance(t, Tensor) else (t, t)
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"time {name} must lie in [0, 1], got values from {low} to {high}")
+
+
+def check_order(s: Time, u: Time) -> None:
+    """Refuse internal times with s > u: most often the two were swapped."""
+    if torch.compiler.is_compiling():
+        return
+    if bool(torch.any(torch.as_tensor(s) > torch.as_tensor(u))):
+        raise ValueError(f"internal times must satisfy s <= u, got s = {s}, u = {u}")
+
+
+def expand_time(t: Time, x: Tensor, name: str = "t") -> Tensor:
+    """A time as a tensor that multiplies a state: `(B, 1, …, 1)`.
+
+    Args:
+        t: a number, `()` or `(B,)`, in [0, 1].
+        x: a state `(B, *D)`; gives the batch size, the dtype and the device.
+        name: the symbol used in error messages.
+
+    Raises:
+        ValueError: when t is outside [0, 1] or its shape is neither () nor (B,).
+    """
+    check_time(t, name)
+    if x.ndim < 1:
+        raise ValueError(f"a state must have a batch dimension, got shape {tuple(x.shape)}")
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if t.shape not in ((), (x.shape[0],)):
+        raise ValueError(f"time {name} must have shape () or ({x.shape[0]},), got {tuple(t.shape)}")
+    return t.expand(x.shape[0]).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def check_same_shape(**tensors: Tensor) -> None:
+    """Refuse tensors whose shapes differ: broadcasting between states is never meant."""
+    if len({tuple(tensor.shape) for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"these must have the same shape: {shapes}")
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Refuse data with NaN or infinite entries."""
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite entries of {x.numel()}")
+
+
+def check_count(n: int, name: str, minimum: int = 1) -> None:
+    """Refuse a count that is not an integer of at least `minimum`."""
+    if not isinstance(n, int) or n < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {n!r}")
+
+
+def evaluate_reward(reward: Reward, x1: Tensor) -> Tensor:
+    """r(x₁) of clean data `(…, B, *D)`, one number per sample.
+
+    The leading draw dimension of posterior samples `(n, B, *D)` is folded into the batch by the caller.
+
+    Args:
+        reward: callable `(B, *D) -> (B,)` that does not couple the samples of a batch.
+        x1: clean data `(B, *D)`.
+
+    Returns:
+        rewards `(B,)`.
+
+    Raises:
+        ValueError: when the reward returns another shape, or a NaN or infinite value.
+    """
+    r = reward(x1)
+    if not isinstance(r, Tensor) or r.shape != x1.shape[:1]:
+        got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
+        raise ValueError(f"a reward must return one number per sample, shape ({x1.shape[0]},), got {got}")
+    check_finite(r, "the reward")
+    return r

@@ -1,0 +1,86 @@
+"""Fine-tuning a drift to a reward without estimating a ratio (E18)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mfm_ref.alignment import context_gradient, rewards_of
+from mfm_ref.checks import Reward, Time, check_same_shape, expand_time
+from mfm_ref.flow_map import MetaFlowMap
+from mfm_ref.interpolant import Drift
+from mfm_ref.sampling import sample_posterior
+
+
+def finetune_loss(
+    student: Drift,
+    base: Drift,
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    n: int = 1,
+    method: str = "gradient",
+    weight: Callable[[Tensor], Tensor] | None = None,
+    log_scale: float = 0.0,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E18: E[ w(t) e^{r(X)} ‖b_θ(x) − b(x) − g(X)‖² ], whose unique minimiser is the Doob drift b* (E7).
+
+    X = X_{0,1}(ε; t, x) is one posterior sample, and g is its share of the guidance:
+
+    - "gradient": g = (σ²/2) ∇_x r(X) = (1−t) ∂r(X)/∂(t·x), through the reward and the map; finite at t = 0.
+    - "stein": b + g = (X − x)/(1−t), from E17 with E[x₁] = x + (1−t) b. Needs no gradient of the reward. Its
+      variance is the posterior's, over (1−t)²: the smaller one where the posterior is wide.
+
+    Both weigh linearly with e^r, so one sample at a time is unbiased: no ratio is estimated. Any law of (t, x)
+    with full support and any w(t) > 0 keep the minimiser.
+
+    Args:
+        student: b_θ, `student(t, x) -> (B, *D)` (with a third argument y where labels are given).
+        base: b, the drift being fine-tuned; evaluated without a graph.
+        X: Meta Flow Map of the base; not trained.
+        reward: callable `(B, *D) -> (B,)`.
+        t, x: times `()` or `(B,)` in [0, 1), and states `(B, *D)`.
+        y: class labels `(B,)`, or None.
+        n: posterior samples per state; the loss averages over them.
+        method: "gradient" or "stein".
+        weight: w(t), `(B,) -> (B,)`; None for 1.
+        log_scale: a constant c; e^{r−c} takes the place of e^r. Not to be computed from the batch.
+        eps: the noises `(n, B, *D)`; drawn where None.
+        generator: source of the noises.
+
+    Returns:
+        the loss, `()`.
+
+    Raises:
+        ValueError: an unknown method, "stein" at t = 1, "gradient" at t = 0 with a map that reads x instead of
+            t·x, or a reward of the wrong shape or not finite.
+    """
+    if method == "gradient":
+        draws, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
+        with torch.no_grad():
+            target = _call(base, t, x, y) + gradient
+    elif method == "stein":
+        if bool((expand_time(t, x) == 1).any()):
+            raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
+        with torch.no_grad():
+            draws = sample_posterior(X, t, x, n, y=y, eps=eps, generator=generator)
+            target = (draws - x) / (1 - expand_time(t, x))
+    else:
+        raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
+    with torch.no_grad():
+        factor = (rewards_of(reward, draws) - log_scale).exp()
+    prediction = _call(student, t, x, y)
+    check_same_shape(student=prediction, x=x)
+    squared = (prediction - target).flatten(2).square().sum(2)  # (n, B)
+    if weight is not None:
+        factor = factor * weight(expand_time(t, x).flatten())
+    return (factor * squared).mean()
+
+
+def _call(drift: Drift, t: Time, x: Tensor, y: Tensor | None) -> Tensor:
+    return drift(t, x) if y is None else drift(t, x, y)

@@ -1,0 +1,111 @@
+"""The protocol that networks and oracles answer to, and the wrapper that makes a network a Meta Flow Map (E11)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mfm_ref.checks import Time, check_order, check_same_shape, expand_time
+
+
+class MetaFlowMap(Protocol):
+    """X_{s,u}(z; t, x): the solution operator of dz/ds = b̄_s(z; t, x) (E11).
+
+    Arguments, always in this order: internal times s <= u, `()` or `(B,)` in [0, 1]; the state z at s,
+    `(B, *D)`; the context, time t and noisy state x `(B, *D)`; class labels y `(B,)` or None.
+    """
+
+    shape: tuple[int, ...]  # *D, the shape of one state
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The state at u, `(B, *D)`."""
+        ...
+
+    def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u} = (X_{s,u}(z) − z)/(u−s), and b̄_s on the diagonal s = u; `(B, *D)`."""
+        ...
+
+    def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """X with its context given as the product t·x, through which alone a posterior depends on x.
+
+        Differentiating here instead of at x keeps (σ²/2) ∇V finite at t = 0. Maps that read x otherwise
+        leave this method and `velocity_from_tx` out, or raise ValueError.
+        """
+        ...
+
+    def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """`velocity` with its context given as t·x."""
+        ...
+
+
+class Network(Protocol):
+    """What `FlowMap` wraps: one method on tensors, and two facts about it."""
+
+    shape: tuple[int, ...]  # *D
+    reads_tx: bool  # True: the context arrives as t·x. False: as x.
+
+    def velocity(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None) -> Tensor:
+        """v_{s,u}: times `(B,)`, states `(B, *D)`, labels `(B,)` or None, to `(B, *D)`."""
+        ...
+
+
+class FlowMap(nn.Module):
+    """E11: X_{s,u}(z; t, x) = z + (u−s) v_{s,u}(z; t, x), with v a network.
+
+    Args:
+        network: an `nn.Module` with `shape`, `reads_tx` and `velocity`, as in `Network`.
+
+    Raises:
+        ValueError (from every call): states of differing shapes, times outside [0, 1] or of another shape, s > u.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        missing = [name for name in ("shape", "reads_tx", "velocity") if not hasattr(network, name)]
+        if missing:
+            raise ValueError(f"a network needs shape, reads_tx and velocity; this one lacks {missing}")
+        self.network = network
+        self.shape: tuple[int, ...] = tuple(network.shape)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def forward(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """X_{s,u}(z; t, x), `(B, *D)`."""
+        jump = expand_time(u, z, "u") - expand_time(s, z, "s")
+        return z + jump * self.velocity(s, u, z, t, x, y)
+
+    def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u}(z; t, x), `(B, *D)`."""
+        context = expand_time(t, x) * x if self.network.reads_tx else x
+        return self._network(s, u, z, t, context, y)
+
+    def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """X_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
+        jump = expand_time(u, z, "u") - expand_time(s, z, "s")
+        return z + jump * self.velocity_from_tx(s, u, z, t, tx, y)
+
+    def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
+        if not self.network.reads_tx:
+            raise ValueError("this network reads its context as x, not as t·x")
+        return self._network(s, u, z, t, tx, y)
+
+    def drift(self, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The unconditional drift b_t(x) (E2): the diagonal in the empty context, v_{t,t}(x; 0, 0)."""
+        return self.velocity(t, t, x, 0.0, torch.zeros_like(x), y)
+
+    def _network(self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None) -> Tensor:
+        check_same_shape(z=z, x=context)
+        check_order(s, u)
+        s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
+        return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator,no-any-return]

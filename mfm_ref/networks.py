@@ -1,0 +1,84 @@
+"""Small networks for the toys, preconditioned by the Meta Flow Map of a Gaussian."""
+
+import torch
+from torch import Tensor, nn
+
+from mfm_ref.gaussian import angle_of_time, gaussian_posterior, gaussian_std, gaussian_velocity, posterior_std
+
+
+class MLP(nn.Module):
+    """v_{s,u}(z; t, x) for vectors: the exact map of N(mean, cov), corrected by a residual MLP F.
+
+    Along each principal axis of the data, with m, c² the posterior's mean and variance under the Gaussian, S_a
+    the spread of Ī_a (`gaussian.py`) and ζ = (z − s m)/S_s,
+
+        v_{s,u} = v^Gauss_{s,u} + (c/S_s) F(ζ, t (x − t mean)/√den, times),   den = t² var + (1−t)².
+
+    F sees inputs and makes outputs of unit size at every time, and is zero where the data are Gaussian. Times
+    enter as sines and cosines of their angles (`angle_of_time`), which resolve 1−s ~ c when c is small.
+
+    Args:
+        mean: of the data, `(D,)`.
+        cov: of the data, `(D, D)`, symmetric; eigenvalues below `min_std`² are raised to it.
+        hidden: width; depth: number of hidden layers, >= 1.
+        n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.
+        min_std: smallest standard deviation that a principal axis is given.
+
+    Raises:
+        ValueError: shapes that do not fit, or (when called) labels given to a network without classes.
+    """
+
+    reads_tx = True
+    frequencies = (1.0, 2.0, 4.0)
+
+    basis: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self, mean: Tensor, cov: Tensor, *, hidden: int = 128, depth: int = 4, n_classes: int = 0, min_std: float = 1e-2
+    ):
+        super().__init__()
+        d = len(mean)
+        if mean.shape != (d,) or cov.shape != (d, d):
+            raise ValueError(f"mean must be (D,) and cov (D, D), got {tuple(mean.shape)} and {tuple(cov.shape)}")
+        var, basis = torch.linalg.eigh(cov)
+        self.shape = (d,)
+        self.n_classes = n_classes
+        self.register_buffer("basis", basis)
+        self.register_buffer("mean", mean @ basis)
+        self.register_buffer("var", var.clamp_min(min_std**2))
+        self.inlet = nn.Linear(2 * d + 6 * len(self.frequencies), hidden)
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth - 1))
+        self.outlet = nn.Linear(hidden, d)
+        nn.init.zeros_(self.outlet.weight)  # at the start, the map of the Gaussian
+        nn.init.zeros_(self.outlet.bias)
+        self.labels = nn.Embedding(n_classes + 1, hidden) if n_classes else None
+        self.to(mean.dtype)
+
+    def velocity(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels `(B,)` or None, to `(B, D)`."""
+        var = self.var.mean()
+        std = posterior_std(t, var)
+        times = torch.stack([angle_of_time(s, std), angle_of_time(u, std), angle_of_time(t, var.sqrt())], -1)
+        s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
+        z, tx = z @ self.basis, context @ self.basis
+        m, c2 = gaussian_posterior(t, tx, self.mean, self.var)
+        spread = gaussian_std(s, c2).clamp_min(1e-12)  # zero only at s = t = 1, where z = m
+        den = t**2 * self.var + (1 - t) ** 2
+        waves = [wave(f * times) for f in self.frequencies for wave in (torch.cos, torch.sin)]
+        h = self.inlet(torch.cat([(z - s * m) / spread, (tx - t**2 * self.mean) / den.sqrt(), *waves], -1))
+        h = nn.functional.silu(h + self._label(y, h))
+        for block in self.blocks:
+            h = h + nn.functional.silu(block(h))
+        correction = c2.sqrt() / spread * self.outlet(h)
+        return (gaussian_velocity(s, u, z, m, c2) + correction) @ self.basis.T
+
+    def _label(self, y: Tensor | None, h: Tensor) -> Tensor:
+        if self.labels is None:
+            if y is not None:
+                raise ValueError("this network has no classes, got labels y")
+            return torch.zeros_like(h)
+        null = torch.full(h.shape[:1], self.n_classes, device=h.device)
+        embedded: Tensor = self.labels(null if y is None else y)
+        return embedded

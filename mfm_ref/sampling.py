@@ -1,0 +1,164 @@
+"""Samplers: from one posterior (E11), from the data law in a few steps (E19), and along any drift (E2, E6)."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mfm_ref.checks import Time, check_count, check_finite, expand_time
+from mfm_ref.flow_map import MetaFlowMap
+from mfm_ref.interpolant import interpolate
+
+
+def noise_like(X: MetaFlowMap, *batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal states `(*batch, *D)` in the map's dtype and on its device."""
+    return torch.randn((*batch, *X.shape), generator=generator, dtype=X.dtype, device=X.device)
+
+
+def sample_posterior(
+    X: MetaFlowMap,
+    t: Time,
+    x: Tensor,
+    n: int,
+    steps: int = 1,
+    *,
+    y: Tensor | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E11: n samples of p_{1|t}(·|x) for each context, X_{0,1}(ε; t, x) in one jump or along a grid.
+
+    Args:
+        X: a Meta Flow Map.
+        t: context time `()` or `(B,)`, in [0, 1].
+        x: noisy states `(B, *D)`.
+        n: samples per context, >= 1.
+        steps: network evaluations per sample, >= 1: X along 0 = s₀ < … < s_steps = 1, uniform.
+        y: class labels `(B,)`, or None.
+        eps: the noises `(n, B, *D)`; drawn where None.
+        generator: source of the noises.
+
+    Returns:
+        samples `(n, B, *D)`, differentiable in x and eps.
+
+    Raises:
+        ValueError: a time outside [0, 1], counts below one, or eps of another shape.
+    """
+    check_count(n, "n")
+    check_count(steps, "steps")
+    times = expand_time(t, x).flatten()
+    if eps is None:
+        eps = torch.randn((n, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
+    if eps.shape != (n, *x.shape):
+        raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
+    contexts = x.expand(n, *x.shape).flatten(0, 1)
+    times = times.repeat(n)
+    labels = None if y is None else y.repeat(n)
+    z = eps.flatten(0, 1)
+    for k in range(steps):
+        z = X(k / steps, (k + 1) / steps, z, times, contexts, labels)
+    return z.unflatten(0, (n, x.shape[0]))
+
+
+def sample(
+    X: MetaFlowMap,
+    n: int,
+    steps: int,
+    *,
+    times: Sequence[float] | None = None,
+    y: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """E19 (Algorithm 1): n samples of p₁, each from `steps` posterior draws with fresh noise between them.
+
+    x₁ = X_{0,1}(ε; t_k, x), then x ← (1−t_{k+1}) ε′ + t_{k+1} x₁. Exact for every number of steps when X is.
+
+    Args:
+        X: a Meta Flow Map.
+        n: number of samples, >= 1.
+        steps: number of posterior draws K, >= 1.
+        times: grid 0 = t₀ < … < t_K = 1; uniform where None.
+        y: class labels `(n,)`, or None.
+        generator: source of all noise.
+
+    Returns:
+        samples `(n, *D)`.
+
+    Raises:
+        ValueError: counts below one, or a grid that does not rise from 0 to 1 in `steps` steps.
+    """
+    check_count(n, "n")
+    check_count(steps, "steps")
+    grid = time_grid(steps) if times is None else check_grid(times, steps)
+    x = noise_like(X, n, generator=generator)
+    for t, t_next in pairwise(grid):
+        x1 = sample_posterior(X, t, x, 1, y=y, generator=generator)[0]
+        x = interpolate(noise_like(X, n, generator=generator), x1, t_next)
+    return x
+
+
+def time_grid(steps: int, *, power: float = 1.0) -> list[float]:
+    """The grid (k/K)^power, k = 0 … K (E21); uniform for power 1."""
+    check_count(steps, "steps")
+    return [(k / steps) ** power for k in range(steps + 1)]
+
+
+def check_grid(times: Sequence[float], steps: int | None = None) -> list[float]:
+    """A grid as a list of floats. Raises ValueError unless it rises from 0 to 1 (in `steps` steps)."""
+    grid = [float(t) for t in times]
+    if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or any(b <= a for a, b in pairwise(grid)):
+        raise ValueError(f"times must rise strictly from 0 to 1, got {grid[:3]} … {grid[-3:]}")
+    if steps is not None and len(grid) != steps + 1:
+        raise ValueError(f"times must hold steps + 1 = {steps + 1} values, got {len(grid)}")
+    return grid
+
+
+def integrate(
+    drift: Callable[[float, Tensor], Tensor],
+    x: Tensor,
+    times: Sequence[float],
+    *,
+    dynamics: str = "ode",
+    generator: torch.Generator | None = None,
+    progress: str | None = None,
+) -> Tensor:
+    """Carry noise to data along a drift b (E2), by the ODE or by the SDE with the same marginals (E6).
+
+    Both start at t = 0. `"ode"` takes Euler steps of dx/dt = b. `"sde"` draws from the SDE's transition with
+    the denoiser D = x + (1−t) b held fixed over the step, which is exact in the noise although σ² is infinite
+    at t = 0: in y = x/t the SDE is Brownian motion of variance κ² = ((1−t)/t)², run backwards, so
+
+        x′ = ρ (t′/t) x + t′ (1−ρ) D + (1−t′) √(1−ρ) ξ,   ρ = (κ′/κ)².
+
+    Args:
+        drift: `drift(t, x) -> (B, *D)`, t a number in [0, 1).
+        x: noise `(B, *D)`, the state at t = 0.
+        times: grid rising from 0 to 1.
+        dynamics: "ode" or "sde".
+        generator: source of the SDE's noise.
+        progress: label of a progress bar; none where None.
+
+    Returns:
+        the state at t = 1, `(B, *D)`.
+
+    Raises:
+        ValueError: an unknown dynamics, a grid that does not rise from 0 to 1, or a drift that is not finite
+            (with the time of the step).
+    """
+    if dynamics not in ("ode", "sde"):
+        raise ValueError(f'dynamics must be "ode" or "sde", got {dynamics!r}')
+    grid = check_grid(times)
+    steps = list(pairwise(grid))
+    for t, t_next in tqdm(steps, desc=progress, disable=progress is None, leave=False):
+        b = drift(t, x)
+        check_finite(b, f"the drift at t = {t:.4f}")
+        if dynamics == "ode":
+            x = x + (t_next - t) * b
+        else:
+            keep = (1 - t_next) ** 2 * t / ((1 - t) ** 2 * t_next)  # ρ t′/t
+            rho = keep * t / t_next
+            xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = keep * x + t_next * (1 - rho) * (x + (1 - t) * b) + (1 - t_next) * (1 - rho) ** 0.5 * xi
+    return x
