@@ -108,4 +108,4 @@ class FlowMap(nn.Module):
         check_same_shape(z=z, x=context)
         check_order(s, u)
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
-        return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator,no-any-return]
+        return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]

@@ -55,7 +55,7 @@ def train(
         current = loss(model)
         check_finite(current, f"the loss at step {k}")
         optimizer.zero_grad()
-        current.backward()  # type: ignore[no-untyped-call]
+        current.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         schedule.step()
