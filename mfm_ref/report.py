@@ -49,7 +49,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def new_figure(rows: int, columns: int, *, size: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:
     """A figure and its array of axes `(rows, columns)` in the house style; `size` is one panel's, in inches."""
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
