@@ -43,11 +43,13 @@ def expand_time(t: Time, x: Tensor, name: str = "t") -> Tensor:
         name: the symbol used in error messages.
 
     Raises:
-        ValueError: when t is outside [0, 1] or its shape is neither () nor (B,).
+        ValueError: when t is outside [0, 1] or its shape is neither () nor (B,), or x is no batch of real numbers.
     """
     check_time(t, name)
-    if x.ndim < 1:
-        raise ValueError(f"a state must have a batch dimension, got shape {tuple(x.shape)}")
+    if x.ndim < 1 or not x.is_floating_point():  # a time in an integer dtype would silently become 0 or 1
+        raise ValueError(
+            f"a state must have a batch dimension and a floating-point dtype, got shape {tuple(x.shape)}, {x.dtype}"
+        )
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.shape not in ((), (x.shape[0],)):
         raise ValueError(f"time {name} must have shape () or ({x.shape[0]},), got {tuple(t.shape)}")

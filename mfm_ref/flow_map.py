@@ -15,9 +15,20 @@ class MetaFlowMap(Protocol):
     `(B, *D)`; the context, time t and noisy state x `(B, *D)`; class labels y `(B,)` or None.
     """
 
-    shape: tuple[int, ...]  # *D, the shape of one state
-    dtype: torch.dtype
-    device: torch.device
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """*D, the shape of one state."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the states."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the states."""
+        ...
 
     def __call__(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The state at u, `(B, *D)`."""

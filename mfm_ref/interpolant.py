@@ -33,14 +33,14 @@ def noise_scale(t: Time) -> Tensor:
     """E6: σ_t² = 2 (1−t)/t, the noise scale of the SDE that shares the interpolant's marginals.
 
     Args:
-        t: time of any shape, in (0, 1].
+        t: time of any shape, in (0, 1]. A number is read in double precision.
 
     Raises:
         ValueError: at t = 0, where σ² is infinite. What steering needs there is the product σ²/2 ∇V, which
             is finite: see `mfm_ref.alignment.guidance`.
     """
     check_time(t)
-    t = torch.as_tensor(t)
+    t = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     if bool((t == 0).any()):
         raise ValueError("noise_scale needs t > 0, got t = 0, where σ² is infinite")
     return 2 * (1 - t) / t
@@ -151,15 +151,14 @@ def glass_drift(drift: Drift, s: Time, z: Tensor, t: Time, x: Tensor, y: Tensor 
     """
     check_same_shape(z=z, x=x)
     s, t = expand_time(s, z, "s"), expand_time(t, x, "t")
-    q2 = t**2 * (1 - s) ** 2 + s**2 * (1 - t) ** 2
-    p = (1 - t) * (1 - s)
-    informed = q2 > 0  # false where s = t = 0 (nothing is known) and where s = t = 1 (z is x₁)
-    q = torch.where(informed, q2, 1.0).sqrt()
+    of_x, of_z, p = t * (1 - s), s * (1 - t), (1 - t) * (1 - s)
+    informed = (of_x > 0) | (of_z > 0)  # false where s = t = 0 (nothing is known) and where s = t = 1 (z is x₁)
+    q = torch.hypot(torch.where(informed, of_x, 1.0), of_z)  # squares would underflow near s = t = 0
     t_star = torch.where(informed, q / (q + p), t)
-    x_star = torch.where(informed, ((1 - s) ** 2 * t * x + (1 - t) ** 2 * s * z) / (q * (q + p)), z)
+    x_star = torch.where(informed, ((1 - s) * of_x * x + (1 - t) * of_z * z) / (q * (q + p)), z)
     gain = torch.where(informed, (1 - t) / (q + p), 1.0)
-    shrunk = t * z * (q + 1 - t) / (q + (1 - t) * s)
-    pull = torch.where(informed, t * (1 - s) / (q * (q + p)) * (x - shrunk), 0.0)
+    shrunk = t * z * ((q + (1 - t)) / (q + of_z))
+    pull = torch.where(informed, of_x / (q * (q + p)) * (x - shrunk), 0.0)
     t_star = t_star.flatten()
     b = drift(t_star, x_star) if y is None else drift(t_star, x_star, y)
     return gain * b + pull

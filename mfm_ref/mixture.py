@@ -40,10 +40,10 @@ class GaussianMixture:
             raise ValueError(
                 f"weights must be (K,) and means (K, D), got {tuple(weights.shape)} and {tuple(means.shape)}"
             )
-        k, d = means.shape[-2:]
-        if weights.shape[-1] != k or covs.shape[-3:] != (k, d, d):
+        shape, d = tuple(means.shape[:-1]), means.shape[-1]
+        if weights.shape != shape or covs.shape != (*shape, d, d):
             raise ValueError(
-                f"means {tuple(means.shape)} need weights (…, {k}) and covs (…, {k}, {d}, {d}), "
+                f"means {tuple(means.shape)} need weights {shape} and covs {(*shape, d, d)}, "
                 f"got {tuple(weights.shape)} and {tuple(covs.shape)}"
             )
         for name, tensor in {"weights": weights, "means": means, "covs": covs}.items():
@@ -117,8 +117,14 @@ class GaussianMixture:
         return (self.means + spread).gather(-2, component).squeeze(-2)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) of states `(…, D)`, natural logarithm. Raises ValueError for another last dimension."""
+        """log p(x) of states `(…, D)`, natural logarithm.
+
+        Raises:
+            ValueError: states of another dimension or not finite, or a mixture without a density (t = 1).
+        """
         self._check_state(x)
+        if bool((self.eigenvalues <= 0).any()):
+            raise ValueError("this mixture has no density: a covariance is singular, as in a posterior at t = 1")
         centred = self._to_basis(x.unsqueeze(-2) - self.means)  # (…, K, D)
         log_normal = -(centred**2 / self.eigenvalues + (2 * math.pi * self.eigenvalues).log()).sum(-1) / 2
         return torch.logsumexp(self.log_weights + log_normal, -1)
@@ -128,7 +134,11 @@ class GaussianMixture:
     def marginal(self, t: Time) -> "GaussianMixture":
         """The law of I_t (E1): Σ w_k N(t μ_k, t² Σ_k + (1−t)² I). Times `(B,)` give a batched mixture."""
         check_time(t)
-        t = torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device)[..., None, None]
+        t = torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device)
+        batch = self.log_weights.shape[:-1]
+        if t.ndim > 1 or (t.ndim == 1 and batch and t.shape != batch):
+            raise ValueError(f"time t must have shape () or ({batch[0] if batch else 'B'},), got {tuple(t.shape)}")
+        t = t[..., None, None]
         log_weights = self.log_weights.expand(*t.shape[:-2], -1) if t.ndim > 2 else self.log_weights
         return self._from_eigen(log_weights, t * self.means, self.basis, t**2 * self.eigenvalues + (1 - t) ** 2)
 
@@ -140,9 +150,8 @@ class GaussianMixture:
             x: noisy states `(B, D)`.
 
         Raises:
-            ValueError: a time outside [0, 1], or states of another shape.
+            ValueError: a time outside [0, 1], or states of another shape or not finite.
         """
-        self._check_state(x)
         return self.posterior_from_tx(t, expand_time(t, x) * x)
 
     def posterior_from_tx(self, t: Time, tx: Tensor) -> "GaussianMixture":
@@ -153,6 +162,7 @@ class GaussianMixture:
         isotropic Gaussian N(t mean, S₀), which cancels the 1/t² of x = (t x)/t:
         h²/t² (1/S₀ − 1/S) = h² (λ − λ₀)/(S₀ S), with h = t x − t² mean.
         """
+        self._check_state(tx)
         t = expand_time(t, tx).unsqueeze(-1)  # (B, 1, 1)
         noise = (1 - t) ** 2
         reference = self.eigenvalues.mean((-2, -1), keepdim=True)  # λ₀, (…, 1, 1)
@@ -160,8 +170,8 @@ class GaussianMixture:
         mu = self._to_basis(self.means - mean)  # (…, K, D)
         h = self._to_basis((tx.unsqueeze(-2) - t**2 * mean).expand(*tx.shape[:-1], *self.means.shape[-2:]))
         lam = self.eigenvalues  # (…, K, D)
-        var = t**2 * lam + noise  # S_k
-        exponent = h**2 * (lam - reference) / (t**2 * reference + noise) / 2 + h * mu - t**2 * mu**2 / 2
+        var = _noised(lam, t)  # S_k
+        exponent = h**2 * (lam - reference) / _noised(reference, t) / 2 + h * mu - t**2 * mu**2 / 2
         log_weights = torch.log_softmax(self.log_weights + (exponent / var - var.log() / 2).sum(-1), -1)
         means = self.means + self._from_basis(lam / var * (h - t**2 * mu))
         return self._from_eigen(log_weights, means, self.basis, noise * lam / var)
@@ -176,14 +186,19 @@ class GaussianMixture:
         b = Σ_k w̃_k [μ_k + (t Σ_k − (1−t) I) S_k⁻¹ (x − t μ_k)], with S_k and the posterior weights w̃ of E3.
         """
         weights, time, centred = self._responsibilities(t, x)
-        slope = (time * self.eigenvalues - (1 - time)) / (time**2 * self.eigenvalues + (1 - time) ** 2)
+        slope = (time * self.eigenvalues - (1 - time)) / _noised(self.eigenvalues, time)
         return (weights * (self.means + self._from_basis(slope * centred))).sum(-2)
 
     def score(self, t: Time, x: Tensor) -> Tensor:
-        """∇ log p_t(x) = −Σ_k w̃_k S_k⁻¹ (x − t μ_k) (E2), `(B, D)`, exact at both ends."""
+        """∇ log p_t(x) = −Σ_k w̃_k S_k⁻¹ (x − t μ_k) (E2), `(B, D)`, exact at both ends.
+
+        Raises:
+            ValueError: as `posterior`, or at t = 1 for a mixture without a density.
+        """
         weights, time, centred = self._responsibilities(t, x)
-        precision = 1 / (time**2 * self.eigenvalues + (1 - time) ** 2)
-        return -(weights * self._from_basis(precision * centred)).sum(-2)
+        if bool(((time == 1) & (self.eigenvalues <= 0)).any()):
+            raise ValueError("the score at t = 1 needs a density, but a covariance is singular")
+        return -(weights * self._from_basis(centred / _noised(self.eigenvalues, time))).sum(-2)
 
     def _responsibilities(self, t: Time, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """w̃ `(B, K, 1)`, t `(B, 1, 1)` and Q_kᵀ(x − t μ_k) `(B, K, D)`."""
@@ -205,14 +220,16 @@ class GaussianMixture:
         """E4: p* ∝ p₁ e^r, again a mixture."""
         log_weights = torch.log_softmax(self.log_weights + reward.log_partition(self.means, self.covs), -1)
         means, covs = reward.tilt(self.means, self.covs)
-        eigenvalues, basis = torch.linalg.eigh(covs)
-        return self._from_eigen(log_weights, means, basis, eigenvalues)
+        eigenvalues, basis = torch.linalg.eigh(covs)  # of a nearly noise-free likelihood: zero up to rounding
+        return self._from_eigen(log_weights, means, basis, eigenvalues.clamp(min=0))
 
     # ---- helpers ---------------------------------------------------------------------------------------
 
     def _check_state(self, x: Tensor) -> None:
-        if x.ndim < 2 or x.shape[-1] != self.dim:
-            raise ValueError(f"states must have shape (B, {self.dim}), got {tuple(x.shape)}")
+        *batch, _, d = self.means.shape
+        if x.ndim < 2 or x.shape[-1] != d or (batch and x.shape[-2] != batch[-1]):
+            raise ValueError(f"states must have shape ({batch[-1] if batch else 'B'}, {d}), got {tuple(x.shape)}")
+        check_finite(x, "the state")
 
     def _to_basis(self, v: Tensor) -> Tensor:
         """Q_kᵀ v_k: coordinates of `(…, K, D)` in each component's eigenvectors."""
@@ -221,3 +238,9 @@ class GaussianMixture:
     def _from_basis(self, v: Tensor) -> Tensor:
         """Q_k v_k, the inverse of `_to_basis`."""
         return torch.einsum("...ke,...kde->...kd", v, self.basis)
+
+
+def _noised(var: Tensor, t: Tensor) -> Tensor:
+    """t² var + (1−t)²: the variance at time t. A point mass has none at t = 1; 1 stands in, to divide zeros."""
+    noised = t**2 * var + (1 - t) ** 2
+    return torch.where(noised > 0, noised, 1.0)

@@ -13,6 +13,13 @@ from torch import Tensor
 from mfm_ref.checks import check_finite
 
 
+def _matching(a: Tensor, x: Tensor) -> Tensor:
+    """A coefficient `(…, D)` in the dtype and on the device of x. Raises ValueError unless x is `(…, D)`."""
+    if x.shape[-1:] != a.shape[-1:]:
+        raise ValueError(f"this reward needs states of dimension {a.shape[-1]}, got shape {tuple(x.shape)}")
+    return a.to(x)
+
+
 class GaussianReward(Protocol):
     """A reward r for which e^r times a Gaussian is again a Gaussian."""
 
@@ -47,16 +54,16 @@ class LinearReward:
 
     def __call__(self, x1: Tensor) -> Tensor:
         """r(x₁): `(B, D) -> (B,)`."""
-        return x1 @ self.a.to(x1)
+        return x1 @ _matching(self.a, x1)
 
     def log_partition(self, means: Tensor, covs: Tensor) -> Tensor:
         """log E[e^{a·x}] = a·μ + aᵀΣa/2."""
-        a = self.a.to(means)
+        a = _matching(self.a, means)
         return means @ a + (covs @ a) @ a / 2
 
     def tilt(self, means: Tensor, covs: Tensor) -> tuple[Tensor, Tensor]:
         """N(μ, Σ) becomes N(μ + Σa, Σ)."""
-        return means + covs @ self.a.to(means), covs
+        return means + covs @ _matching(self.a, means), covs
 
 
 class GaussianLikelihood:
@@ -85,12 +92,12 @@ class GaussianLikelihood:
 
     def __call__(self, x1: Tensor) -> Tensor:
         """r(x₁): `(B, D) -> (B,)`."""
-        residual = self.y.to(x1) - x1 @ self.a.to(x1).T
+        residual = self.y.to(x1) - x1 @ _matching(self.a, x1).T
         return -residual.square().sum(-1) / (2 * self.sigma**2)
 
     def _innovation(self, means: Tensor, covs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y − aμ `(…, M)`, the Cholesky factor of aΣaᵀ + σ²I `(…, M, M)`, and aΣ `(…, M, D)`."""
-        a, y = self.a.to(means), self.y.to(means)
+        a, y = _matching(self.a, means), self.y.to(means)
         a_cov = a @ covs
         noise = self.sigma**2 * torch.eye(len(y), dtype=means.dtype, device=means.device)
         return y - means @ a.T, torch.linalg.cholesky(a_cov @ a.T + noise), a_cov

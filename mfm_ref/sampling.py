@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfm_ref.checks import Time, check_count, check_finite, expand_time
+from mfm_ref.checks import Time, check_count, check_finite, check_same_shape, expand_time
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
 
@@ -108,7 +108,7 @@ def time_grid(steps: int, *, power: float = 1.0) -> list[float]:
 def check_grid(times: Sequence[float], steps: int | None = None) -> list[float]:
     """A grid as a list of floats. Raises ValueError unless it rises from 0 to 1 (in `steps` steps)."""
     grid = [float(t) for t in times]
-    if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or any(b <= a for a, b in pairwise(grid)):
+    if len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0 or not all(a < b for a, b in pairwise(grid)):
         raise ValueError(f"times must rise strictly from 0 to 1, got {grid[:3]} … {grid[-3:]}")
     if steps is not None and len(grid) != steps + 1:
         raise ValueError(f"times must hold steps + 1 = {steps + 1} values, got {len(grid)}")
@@ -144,8 +144,8 @@ def integrate(
         the state at t = 1, `(B, *D)`.
 
     Raises:
-        ValueError: an unknown dynamics, a grid that does not rise from 0 to 1, or a drift that is not finite
-            (with the time of the step).
+        ValueError: an unknown dynamics, a grid that does not rise from 0 to 1, or a drift of another shape
+            than x or not finite (with the time of the step).
     """
     if dynamics not in ("ode", "sde"):
         raise ValueError(f'dynamics must be "ode" or "sde", got {dynamics!r}')
@@ -153,6 +153,7 @@ def integrate(
     steps = list(pairwise(grid))
     for t, t_next in tqdm(steps, desc=progress, disable=progress is None, leave=False):
         b = drift(t, x)
+        check_same_shape(drift=b, x=x)
         check_finite(b, f"the drift at t = {t:.4f}")
         if dynamics == "ode":
             x = x + (t_next - t) * b

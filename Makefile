@@ -1,0 +1,28 @@
+# Two commands do everything from a fresh clone: `make run` and `make test`.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: run test lint slow clean
+
+run: .venv/ready
+	$(BIN)/python -m toy.mixture --out runs/mixture
+	$(BIN)/python -m toy.digits --out runs/digits
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs
