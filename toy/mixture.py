@@ -222,7 +222,7 @@ def draw_posteriors(config: MixtureConfig, X: FlowMap, p1: GaussianMixture) -> N
         with torch.no_grad():
             model = sample_posterior(X, t, x, 1000, generator=rng)
         posterior = p1.posterior(t, x)
-        middle = posterior.mean[0].cpu()
+        across, up = posterior.mean[0].tolist()
         reach = float(5 * posterior.eigenvalues.max().sqrt() + (posterior.cov[0].diagonal().max() ** 0.5).cpu())
         for ax, cloud, colour in (
             (column[0], posterior.sample(1000, generator=rng), "grey"),
@@ -230,7 +230,7 @@ def draw_posteriors(config: MixtureConfig, X: FlowMap, p1: GaussianMixture) -> N
         ):
             ax.scatter(*cloud[:, 0].cpu().T, s=2, alpha=0.4, color=COLOURS[colour], linewidths=0)
             ax.plot(*x[0].cpu(), "x", color=COLOURS["red"], markersize=7, markeredgewidth=2)
-            ax.set(xlim=middle[0] + reach * torch.tensor([-1, 1]), ylim=middle[1] + reach * torch.tensor([-1, 1]))
+            ax.set(xlim=(across - reach, across + reach), ylim=(up - reach, up + reach))
         column[0].set_title(f"t = {t}")
         column[1].set_xlabel("first coordinate")
     axes[0, 0].set_ylabel("exact p(x₁ | x_t)")
