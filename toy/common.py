@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,17 @@ def parse(config: type[Config], description: str, arguments: list[str] | None = 
         else:
             parser.add_argument(name, type=kind, default=field.default, help=" ")
     return config(**vars(parser.parse_args(arguments)))
+
+
+def resumable(config: ToyConfig, stage: str, rng: torch.Generator) -> dict[str, Any]:
+    """Options of `mfm_ref.train` that let a killed stage go on from `out/stage.pt` with the same numbers."""
+    return {"generator": rng, "checkpoint": config.out / f"{stage}.pt", "tag": repr(config)}
+
+
+def remove_checkpoints(config: ToyConfig) -> None:
+    """Delete what `resumable` left, once the run's results are written."""
+    for path in config.out.glob("*.pt"):
+        path.unlink()
 
 
 def generator(config: ToyConfig, stream: int = 0) -> torch.Generator:

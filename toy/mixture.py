@@ -33,7 +33,7 @@ from mfm_ref import (
 from mfm_ref.interpolant import Drift
 from mfm_ref.report import COLOURS, new_figure, save_figure, save_json, save_weights
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, parse
+from toy.common import ToyConfig, generator, parse, remove_checkpoints, resumable
 
 TIMES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
@@ -81,7 +81,9 @@ def train_map(config: MixtureConfig, p1: GaussianMixture) -> FlowMap:
         return meta_flow_map_loss(X, x1, drift=p1.drift, data_var=variance, step=0.15, generator=rng)
 
     X = FlowMap(MLP(p1.mean, p1.cov)).to(config.device)
-    return train(X, loss, steps=config.train_steps, lr=config.lr, progress="train the map")[0]
+    return train(
+        X, loss, steps=config.train_steps, lr=config.lr, progress="train the map", **resumable(config, "map", rng)
+    )[0]
 
 
 @torch.no_grad()
@@ -158,7 +160,9 @@ def finetune(
         )
 
     student = copy.deepcopy(X).requires_grad_()
-    return train(student, loss, steps=config.finetune_steps, clip=10.0, progress=f"fine-tune: {method}")[0]
+    label = f"fine-tune: {method}"
+    resume = resumable(config, f"student-{method}", rng)
+    return train(student, loss, steps=config.finetune_steps, clip=10.0, progress=label, **resume)[0]
 
 
 @torch.no_grad()
@@ -208,6 +212,7 @@ def main(config: MixtureConfig) -> dict[str, Any]:
         "config": {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(config).items()},
     }
     save_json(report, config.out / "report.json")
+    remove_checkpoints(config)
     return report
 
 
