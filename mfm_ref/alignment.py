@@ -243,6 +243,7 @@ def context_gradient(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Posterior draws X and (σ_t²/2) ∇_x r(X) of each (E18), both `(n, B, *D)`; finite at t = 0 as `guidance` is."""
+    check_count(n, "n")
     with torch.enable_grad():
         x = x.detach().expand(n, *x.shape).flatten(0, 1)
         t = expand_time(t, x[: len(x) // n]).flatten().repeat(n)

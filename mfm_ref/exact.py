@@ -16,7 +16,7 @@ from mfm_ref.mixture import GaussianMixture
 
 
 class ExactFlowMap:
-    """X_{s,u}(z; t, x) of the mixture p₁, exact up to the solver and differentiable in z and x.
+    """X_{s,u}(z; t, x) of the mixture p₁, exact up to the solver and differentiable (once) in every argument.
 
     Args:
         p1: the data distribution, not batched.
@@ -84,9 +84,9 @@ class ExactFlowMap:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if y is not None:
             raise ValueError("a mixture has no class labels, got y")
+        check_same_shape(z=z, x=x)
         if z.ndim != 2 or z.shape[-1] != self.p1.dim:
             raise ValueError(f"states must have shape (B, {self.p1.dim}), got {tuple(z.shape)}")
-        check_same_shape(z=z, x=x)
         check_finite(z, "the state z")
         check_finite(x, "the context")
         s, u, t = expand_time(s, z, "s"), expand_time(u, z, "u"), expand_time(t, z, "t")
@@ -120,19 +120,24 @@ def _quantile_transport(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Ten
             below = _log_odds(end, middle) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         root = (low + high) / 2
-    with torch.enable_grad():
-        probe = root.requires_grad_()
-        slope = torch.autograd.grad(_log_odds(end, probe).sum(), probe)[0].detach()
-    root = root.detach()
+        below, above = _log_tails(end, root)
+        slope = (end.log_prob(root).unsqueeze(-1) - below - above).exp()  # F′/(F (1−F))
+    root, slope = root.detach(), slope.detach()
     return torch.where(u > s, root - (_log_odds(end, root) - level) / slope, z)
 
 
 def _log_odds(mixture: GaussianMixture, z: Tensor) -> Tensor:
     """log F(z) − log(1 − F(z)) of a batched one-dimensional mixture, `(B, 1)`."""
+    below, above = _log_tails(mixture, z)
+    return below - above
+
+
+def _log_tails(mixture: GaussianMixture, z: Tensor) -> tuple[Tensor, Tensor]:
+    """log F(z) and log(1 − F(z)), each `(B, 1)`."""
     standard = ((z.unsqueeze(-2) - mixture.means) / mixture.eigenvalues.sqrt()).squeeze(-1)  # (B, K)
     below = torch.logsumexp(mixture.log_weights + torch.special.log_ndtr(standard), -1, keepdim=True)
     above = torch.logsumexp(mixture.log_weights + torch.special.log_ndtr(-standard), -1, keepdim=True)
-    return below - above
+    return below, above
 
 
 def _solve(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Tensor, max_step: float) -> Tensor:

@@ -58,12 +58,12 @@ def finetune_loss(
 
     Raises:
         ValueError: an unknown method, "stein" at t = 1, "gradient" at t = 0 with a map that reads x instead of
-            t·x, or a reward of the wrong shape or not finite.
+            t·x, n below one, a drift or a weight of another shape, or a reward of the wrong shape or not finite.
     """
     if method == "gradient":
         draws, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
         with torch.no_grad():
-            target = _call(base, t, x, y) + gradient
+            target = _call(base, t, x, y, "base") + gradient
     elif method == "stein":
         if bool((expand_time(t, x) == 1).any()):
             raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
@@ -74,13 +74,16 @@ def finetune_loss(
         raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
     with torch.no_grad():
         factor = (rewards_of(reward, draws) - log_scale).exp()
-    prediction = _call(student, t, x, y)
-    check_same_shape(student=prediction, x=x)
-    squared = (prediction - target).flatten(2).square().sum(2)  # (n, B)
+    squared = (_call(student, t, x, y, "student") - target).flatten(2).square().sum(2)  # (n, B)
     if weight is not None:
-        factor = factor * weight(expand_time(t, x).flatten())
+        times = expand_time(t, x).flatten()
+        w = weight(times)
+        check_same_shape(weight=w, t=times)
+        factor = factor * w
     return (factor * squared).mean()
 
 
-def _call(drift: Drift, t: Time, x: Tensor, y: Tensor | None) -> Tensor:
-    return drift(t, x) if y is None else drift(t, x, y)
+def _call(drift: Drift, t: Time, x: Tensor, y: Tensor | None, name: str) -> Tensor:
+    b = drift(t, x) if y is None else drift(t, x, y)
+    check_same_shape(**{name: b}, x=x)
+    return b

@@ -69,7 +69,8 @@ class FlowMap(nn.Module):
         network: an `nn.Module` with `shape`, `reads_tx` and `velocity`, as in `Network`.
 
     Raises:
-        ValueError (from every call): states of differing shapes, times outside [0, 1] or of another shape, s > u.
+        ValueError (from every call): states of another or of differing shapes, labels that are not `(B,)`, times
+            outside [0, 1] or of another shape, s > u.
     """
 
     def __init__(self, network: nn.Module):
@@ -117,6 +118,10 @@ class FlowMap(nn.Module):
 
     def _network(self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None) -> Tensor:
         check_same_shape(z=z, x=context)
+        if z.shape[1:] != self.shape:
+            raise ValueError(f"states must have shape (B, *{self.shape}), got {tuple(z.shape)}")
+        if y is not None and y.shape != z.shape[:1]:
+            raise ValueError(f"labels y must have shape ({z.shape[0]},), got {tuple(y.shape)}")
         check_order(s, u)
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
         return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]

@@ -20,12 +20,12 @@ def sliced_wasserstein(
         the distance, `()`, in the units of the data.
 
     Raises:
-        ValueError: sets of different size or shape, or entries that are not finite.
+        ValueError: sets that are empty or of different size or shape, or entries that are not finite.
     """
     x, y = _two_sets(x, y)
     check_count(n_projections, "n_projections")
-    if len(x) != len(y):
-        raise ValueError(f"both sets must have the same number of samples, got {len(x)} and {len(y)}")
+    if len(x) != len(y) or len(x) < 1:
+        raise ValueError(f"both sets must have the same number of samples, at least one, got {len(x)} and {len(y)}")
     shape = (x.shape[1], n_projections)
     directions = torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
     directions = directions / directions.norm(dim=0)
@@ -50,7 +50,7 @@ def mmd(x: Tensor, y: Tensor, *, bandwidths: tuple[float, ...] = (0.25, 0.5, 1.0
     x, y = _two_sets(x, y)
     if min(len(x), len(y)) < 2:
         raise ValueError(f"mmd needs at least two samples of each set, got {len(x)} and {len(y)}")
-    if not bandwidths or min(bandwidths) <= 0:
+    if not bandwidths or not all(h > 0 for h in bandwidths):
         raise ValueError(f"bandwidths must be positive, got {bandwidths}")
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mfm_ref.checks import check_count, check_finite
 from mfm_ref.gaussian import angle_of_time, gaussian_posterior, gaussian_std, gaussian_velocity, posterior_std
 
 
@@ -22,10 +23,11 @@ class MLP(nn.Module):
         cov: of the data, `(D, D)`, symmetric; eigenvalues below `min_std`² are raised to it.
         hidden: width; depth: number of hidden layers, >= 1.
         n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.
-        min_std: smallest standard deviation that a principal axis is given.
+        min_std: smallest standard deviation that a principal axis is given, > 0.
 
     Raises:
-        ValueError: shapes that do not fit, or (when called) labels given to a network without classes.
+        ValueError: shapes that do not fit, entries that are not finite, counts or min_std out of range, or (when
+            called) labels given to a network without classes.
     """
 
     reads_tx = True
@@ -39,9 +41,16 @@ class MLP(nn.Module):
         self, mean: Tensor, cov: Tensor, *, hidden: int = 128, depth: int = 4, n_classes: int = 0, min_std: float = 1e-2
     ):
         super().__init__()
-        d = len(mean)
-        if mean.shape != (d,) or cov.shape != (d, d):
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
             raise ValueError(f"mean must be (D,) and cov (D, D), got {tuple(mean.shape)} and {tuple(cov.shape)}")
+        check_finite(mean, "mean")
+        check_finite(cov, "cov")
+        check_count(hidden, "hidden")
+        check_count(depth, "depth")
+        check_count(n_classes, "n_classes", 0)
+        if not min_std > 0:
+            raise ValueError(f"min_std must be positive, got {min_std}")
+        d = len(mean)
         var, basis = torch.linalg.eigh(cov)
         self.shape = (d,)
         self.n_classes = n_classes

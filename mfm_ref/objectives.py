@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import Time, check_finite, check_same_shape, expand_time
+from mfm_ref.checks import Time, check_finite, check_order, check_same_shape, expand_time
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.gaussian import gaussian_std, posterior_std
 from mfm_ref.interpolant import Drift, coupled_interpolants, glass_drift
@@ -173,6 +173,8 @@ def semigroup_loss(
         ValueError: times outside [0, 1] or out of order, or shapes that differ.
     """
     s_, w_, u_ = (expand_time(a, z, name) for a, name in ((s, "s"), (w, "w"), (u, "u")))
+    check_order(s_, w_)
+    check_order(w_, u_)
     with torch.no_grad():
         first = X.velocity(s, w, z, t, x, y) if drift is None else teacher_velocity(drift, s, w, z, t, x, y)
         second = X.velocity(w, u, z + (w_ - s_) * first, t, x, y)

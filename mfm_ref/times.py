@@ -27,7 +27,7 @@ def context_time(
         ValueError: n < 1, zero_rate outside [0, 1], or power <= 0.
     """
     check_count(n, "n")
-    if not 0 <= zero_rate <= 1 or power <= 0:
+    if not (0 <= zero_rate <= 1 and power > 0):
         raise ValueError(f"zero_rate must lie in [0, 1] and power be positive, got {zero_rate} and {power}")
     u, v = _uniform(2, n, generator)
     return torch.where(v < zero_rate, 0.0, u**power)

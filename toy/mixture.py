@@ -51,7 +51,7 @@ class MixtureConfig(ToyConfig):
     steering_steps: int = 100
     set_size: int = 1024  # samples in one steered set
     steered_sets: int = 2  # per method that uses the network
-    exact_sets: int = 128  # of the exact law and of the exact Doob ODE
+    exact_sets: int = 192  # of the exact law and of the exact Doob ODE
     finetune_steps: int = 2000
     finetune_batch: int = 256
     finetune_draws: int = 8  # posterior samples per state

@@ -1,0 +1,162 @@
+"""Sliced W₂ and MMD against closed forms, brute force and laws known to be equal or not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from mfm_ref import mmd, sliced_wasserstein
+from tests.helpers import LIMIT, gaussian, z_scores
+from tests.strategies import SEEDS, assert_close, randn, rng
+
+# ---- sliced W₂ -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), SEEDS)
+def test_one_dimension_is_the_optimal_assignment(n, seed):
+    """W₂ of two point sets by the Hungarian algorithm; every direction is ±1."""
+    x, y = randn(n, 1, seed=seed), 2 * randn(n, 1, seed=seed + 1) + 0.5
+    cost = ((x - y.T) ** 2).numpy()
+    expected = np.sqrt(cost[linear_sum_assignment(cost)].mean())
+    assert float(sliced_wasserstein(x, y, n_projections=3)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_a_shift_costs_its_square_over_the_dimension(dim):
+    """E_θ (θ·shift)² = |shift|²/D over uniform directions; 1,000 single directions, z of 6e-7 each."""
+    x, shift = randn(50, dim, seed=0), randn(dim, seed=1)
+    one = torch.stack([sliced_wasserstein(x, x + shift, n_projections=1, generator=rng(k)) for k in range(1000)])
+    expected = shift.square().sum() / dim
+    if dim == 1:
+        assert_close(one.square(), expected.expand(1000), 1e-12)
+    else:
+        assert abs(z_scores(one.square(), expected)) < LIMIT
+        assert abs(z_scores(one.square(), expected * dim)) > LIMIT  # the mean square itself, not its share
+        assert abs(z_scores(one, expected.sqrt())) > LIMIT  # the square root comes after the mean
+
+
+def test_many_directions_are_averaged_before_the_root():
+    """300 directions at once: within five standard errors of the closed form for shift and scale together.
+
+    y = m + 2x sends quantiles to quantiles, so W₂² along θ is (θ·m)² + (θ·x)² on average: (|m|² + E|x|²)/D.
+    """
+    x = randn(500, 3, seed=0)
+    x, m = x - x.mean(0), torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+    squared = [sliced_wasserstein(x, m + 2 * x, n_projections=300, generator=rng(k)) ** 2 for k in range(20)]
+    expected = (m.square().sum() + x.square().sum(1).mean()) / 3
+    assert abs(z_scores(torch.stack(squared), expected)) < LIMIT
+    assert squared[0] == pytest.approx(float(expected), rel=0.1)
+
+
+def test_sets_not_pairs_are_compared():
+    """Zero on a permutation of itself, symmetric, and homogeneous in the units of the data."""
+    x, y = randn(40, 2, 3, seed=0), randn(40, 2, 3, seed=1)
+    shuffled = x[torch.randperm(40, generator=rng(2))]
+    assert sliced_wasserstein(x, shuffled, generator=rng(0)) < 1e-12
+    forth, back = sliced_wasserstein(x, y, generator=rng(0)), sliced_wasserstein(y, x, generator=rng(0))
+    assert_close(forth, back, 1e-12)
+    assert forth > 0.1
+    assert_close(sliced_wasserstein(3 * x, 3 * y, generator=rng(0)), 3 * forth, 1e-12)
+    flat = sliced_wasserstein(x.flatten(1), y.flatten(1), generator=rng(0))
+    assert_close(flat, forth, 1e-12)
+
+
+def test_sliced_wasserstein_tells_a_wrong_law_from_the_floor():
+    """Two sets of one Gaussian are closer than a set of it and one of its neighbour, in each of 20 trials."""
+    p, q = gaussian(seed=0), gaussian(seed=0).marginal(0.9)
+    for k in range(20):
+        a, b, c = (law.sample(1_000, generator=rng(3 * k + i)) for i, law in enumerate((p, p, q)))
+        assert sliced_wasserstein(a, b, generator=rng(k)) < sliced_wasserstein(a, c, generator=rng(k))
+
+
+# ---- MMD -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 5), st.integers(2, 6), SEEDS)
+def test_mmd_is_the_double_loop(n, m, seed):
+    """Unbiased U-statistic of mean_h exp(−‖a − b‖²/2h²), pair by pair."""
+    x, y, scales = randn(n, 3, seed=seed), randn(m, 3, seed=seed + 1), (0.5, 2.0)
+
+    def k(a, b):
+        return sum(math.exp(-float(((a - b) ** 2).sum()) / (2 * h**2)) for h in scales) / len(scales)
+
+    within = [sum(k(a[i], a[j]) for i in range(len(a)) for j in range(len(a)) if i != j) for a in (x, y)]
+    across = sum(k(a, b) for a in x for b in y)
+    expected = within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * across / (n * m)
+    assert float(mmd(x, y, bandwidths=scales)) == pytest.approx(expected, abs=1e-12)
+    assert_close(mmd(y, x, bandwidths=scales), mmd(x, y, bandwidths=scales), 1e-12)
+
+
+def test_mmd_is_unbiased_on_equal_laws_and_detects_unequal_ones():
+    """Mean over 400 small sets: zero within five standard errors (6e-7), negative about half the time; a law
+    shifted by a third of a deviation is seen. With the diagonal counted, the biased estimate fails."""
+    p = gaussian()
+
+    def estimates(shift):
+        sets = [p.sample(40, generator=rng(k)) for k in range(800)]
+        return torch.stack([mmd(a, b + shift) for a, b in zip(sets[::2], sets[1::2], strict=True)])
+
+    equal = estimates(0.0)
+    assert abs(z_scores(equal, 0.0)) < LIMIT
+    assert 0.2 < (equal < 0).double().mean() < 0.9
+    assert z_scores(estimates(0.2), 0.0) > LIMIT
+    assert z_scores(equal + 2 / 40 * (1 - 0.5), 0.0) > LIMIT  # the diagonal's share, (1 − E k)/n for each set
+
+
+def test_mmd_of_two_gaussians_is_the_closed_form():
+    """E k(a, b) of N(0, 1) and N(m, 1) at scale h is √(h²/(h²+2)) exp(−m²/2(h²+2)); 200 sets of 60."""
+    m, h = 1.0, 0.7
+    scale = math.sqrt(h**2 / (h**2 + 2))
+    expected = 2 * scale * (1 - math.exp(-(m**2) / (2 * (h**2 + 2))))
+    sets = [(randn(60, 1, seed=2 * k), m + randn(60, 1, seed=2 * k + 1)) for k in range(200)]
+    assert abs(z_scores(torch.stack([mmd(a, b, bandwidths=(h,)) for a, b in sets]), expected)) < LIMIT
+    assert abs(z_scores(torch.stack([mmd(a, b, bandwidths=(3 * h,)) for a, b in sets]), expected)) > LIMIT
+
+
+# ---- refusals and precision ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", [sliced_wasserstein, mmd])
+@pytest.mark.parametrize(
+    ("x", "y", "match"),
+    [
+        (torch.zeros(4, 2), torch.zeros(4, 3), "equal D"),
+        (torch.zeros(4), torch.zeros(4), r"must be \(n, \*D\)"),
+        (torch.zeros(4, 2), torch.zeros(4, 1), "equal D"),
+        (torch.full((4, 2), math.nan), torch.zeros(4, 2), "the first set must be finite"),
+        (torch.zeros(4, 2), torch.full((4, 2), math.inf), "the second set must be finite"),
+    ],
+)
+def test_metrics_refuse(metric, x, y, match):
+    with pytest.raises(ValueError, match=match):
+        metric(x, y)
+
+
+def test_sliced_wasserstein_refuses_unequal_sizes_and_counts():
+    with pytest.raises(ValueError, match="same number of samples, at least one, got 4 and 5"):
+        sliced_wasserstein(torch.zeros(4, 2), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="n_projections must be an integer >= 1"):
+        sliced_wasserstein(torch.zeros(4, 2), torch.zeros(4, 2), n_projections=0)
+    with pytest.raises(ValueError, match="at least one, got 0 and 0"):
+        sliced_wasserstein(torch.zeros(0, 2), torch.zeros(0, 2))
+
+
+@pytest.mark.parametrize("bandwidths", [(), (1.0, 0.0), (-1.0,), (math.nan,), (1.0, math.nan)])
+def test_mmd_refuses_bandwidths_and_single_samples(bandwidths):
+    with pytest.raises(ValueError, match="bandwidths must be positive"):
+        mmd(torch.zeros(4, 2), torch.zeros(4, 2), bandwidths=bandwidths)
+    with pytest.raises(ValueError, match="at least two samples of each set, got 4 and 1"):
+        mmd(torch.zeros(4, 2), torch.zeros(1, 2))
+
+
+@given(SEEDS)
+def test_float32_is_within_1e_4(seed):
+    x, y = randn(30, 2, seed=seed), randn(30, 2, seed=seed + 1) + 0.5
+    assert_close(mmd(x.float(), y.float()).double(), mmd(x, y), 1e-4)
+    # One dimension: the direction is ±1 in either precision, so the draw does not matter.
+    ones = x[:, :1], y[:, :1]
+    assert_close(sliced_wasserstein(*(a.float() for a in ones)).double(), sliced_wasserstein(*ones), 1e-4)
