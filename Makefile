@@ -2,11 +2,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: run test lint slow clean
+.PHONY: run mixture digits test lint slow clean
 
+# Each rung keeps one core busy, so both run side by side; the second draws its progress bar on a line of its own.
 run: .venv/ready
+	$(MAKE) --no-print-directory -j2 mixture digits
+
+mixture: .venv/ready
 	$(BIN)/python -m toy.mixture --out runs/mixture
-	$(BIN)/python -m toy.digits --out runs/digits
+
+digits: .venv/ready
+	TQDM_POSITION=1 $(BIN)/python -m toy.digits --out runs/digits
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -122,6 +122,6 @@ class FlowMap(nn.Module):
             raise ValueError(f"states must have shape (B, *{self.shape}), got {tuple(z.shape)}")
         if y is not None and y.shape != z.shape[:1]:
             raise ValueError(f"labels y must have shape ({z.shape[0]},), got {tuple(y.shape)}")
-        check_order(s, u)
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
+        check_order(s, u)
         return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]

@@ -26,7 +26,9 @@ def test_fast_run_writes_everything(fast_runs):
 
 
 def test_fast_run_repeats_itself(fast_runs):
-    kept = [{k: v for k, v in run.items() if k not in ("seconds", "seconds_by_stage", "config")} for run in fast_runs[1]]
+    kept = [
+        {k: v for k, v in run.items() if k not in ("seconds", "seconds_by_stage", "config")} for run in fast_runs[1]
+    ]
     assert kept[0] == kept[1]
 
 

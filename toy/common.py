@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ class ToyConfig:
     seed: int = 0  # of every random number
     device: str = "cpu"  # where torch computes: cpu, cuda, …
     fast: bool = False  # a run of seconds that only shows that everything works
+    threads: int = 1  # of torch on a CPU; with small tensors, more of them mostly wait for each other
 
 
 def parse(config: type[Config], description: str, arguments: list[str] | None = None) -> Config:
@@ -41,6 +43,13 @@ def remove_checkpoints(config: ToyConfig) -> None:
     """Delete what `resumable` left, once the run's results are written."""
     for path in config.out.glob("*.pt"):
         path.unlink()
+
+
+def start(config: ToyConfig) -> float:
+    """Set the threads and the seed of the initial weights; returns the time at the start, in seconds."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    return time.perf_counter()
 
 
 def generator(config: ToyConfig, stream: int = 0) -> torch.Generator:

@@ -33,7 +33,7 @@ from mfm_ref import (
 from mfm_ref.interpolant import Drift
 from mfm_ref.report import COLOURS, new_figure, save_figure, save_json, save_weights
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, parse, remove_checkpoints, resumable
+from toy.common import ToyConfig, generator, parse, remove_checkpoints, resumable, start
 
 TIMES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
@@ -180,8 +180,7 @@ def main(config: MixtureConfig) -> dict[str, Any]:
     """The whole rung; returns what report.json holds."""
     if config.fast:
         config = dataclasses.replace(config, **FAST)
-    start = time.perf_counter()
-    torch.manual_seed(config.seed)  # of the network's initial weights
+    began = start(config)
     p1, reward = paper_mixture(config.device)
     X = train_map(config, p1)
     save_weights(X, config.out / "map.safetensors")
@@ -208,7 +207,7 @@ def main(config: MixtureConfig) -> dict[str, Any]:
         "finetune_relative_error": errors["gradient"],
         "finetune": {m: {"relative_error": errors[m], **law.compare(x)} for m, x in tuned.items()},
         "base_relative_error": relative_error(config, X.drift, target),
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - began,
         "config": {k: v if isinstance(v, int | float) else str(v) for k, v in dataclasses.asdict(config).items()},
     }
     save_json(report, config.out / "report.json")
