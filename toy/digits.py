@@ -64,7 +64,7 @@ class DigitsConfig(ToyConfig):
     posterior_samples: int = 16  # per held-out image and time
     set_size: int = 1000  # samples whose classes are counted
     steering_steps: int = 50
-    finetune_steps: int = 600
+    finetune_steps: int = 1200
     finetune_batch: int = 256
     finetune_draws: int = 4  # posterior samples per state
 
@@ -372,7 +372,8 @@ def draw_posteriors(config: DigitsConfig, X: FlowMap, held_out: Digits) -> None:
     for ax in axes.flat:
         ax.set_axis_off()
     figure.suptitle(
-        "What could the clean digit be? Its noisy state x_t (left of the line) and one-step samples of p(x₁ | x_t)"
+        "What could the clean digit be? Its noisy state x_t (left of the line) and one-step samples of p(x₁ | x_t); "
+        "8×8 pixels, smoothed for display"
     )
     save_figure(figure, config.out / "posteriors.png")
 
@@ -394,7 +395,9 @@ def draw_steering(config: DigitsConfig, samples: dict[str, Tensor], report: dict
     bars.set(xticks=classes, xlabel="class, as the held-out judge sees it", ylabel="frequency")
     bars.set_title(f"L₂ floor of {config.set_size} samples: {report['l2_floor']:.3f}")
     bars.legend(loc="upper left")
-    figure.suptitle("Digits steered to the classes 1, 3, 5, 7, 9 with weights 1 : 1 : 2 : 2 : 4")
+    figure.suptitle(
+        "Digits steered to the classes 1, 3, 5, 7, 9 with weights 1 : 1 : 2 : 2 : 4; 8×8 pixels, smoothed for display"
+    )
     save_figure(figure, config.out / "steering.png")
 
 
