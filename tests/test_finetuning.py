@@ -156,7 +156,7 @@ def test_draws_and_targets_are_paired(case: Case, n, data):
 def test_one_pair_by_hand(method):
     """N(0, 1), r = x₁, t = 1/2: D_t(x) = x, den = 1/2, so X = x + ε/√2, ∂X/∂x = 1 and σ²/2 = 1.
 
-    With x = 1, ε = 0.4 and b = 0, "gradient" regresses onto b + 1 and "stein" onto (X − x)/(1/2).
+    With x = 1, ε = 0.4 and b = 0, "gradient" regresses onto b + 1 and "stein" onto (X − x)/(1/2). w(1/2) = 6.
     """
     p1 = gaussian(1)
     p1 = p1._from_eigen(p1.log_weights, 0 * p1.means, p1.basis, torch.ones_like(p1.eigenvalues))
@@ -164,8 +164,9 @@ def test_one_pair_by_hand(method):
     draw = 1 + 0.4 / math.sqrt(2)
     target = 1.0 if method == "gradient" else 2 * (draw - 1)
     reward = LinearReward(torch.ones(1, dtype=torch.float64))
-    loss = finetune_loss(lambda t, x: 3 + 0 * x, p1.drift, ExactFlowMap(p1), reward, 0.5, x, method=method, eps=eps)
-    assert loss.item() == pytest.approx(math.exp(draw) * (3 - target) ** 2, rel=1e-12)
+    options = {"method": method, "eps": eps, "weight": lambda t: 12 * t}
+    loss = finetune_loss(lambda t, x: 3 + 0 * x, p1.drift, ExactFlowMap(p1), reward, 0.5, x, **options)
+    assert loss.item() == pytest.approx(6 * math.exp(draw) * (3 - target) ** 2, rel=1e-12)
 
 
 @given(st.floats(-5, 5), st.sampled_from(METHODS))

@@ -84,7 +84,7 @@ def test_small_spreads_are_raised_to_min_std():
     cov = torch.diag(torch.tensor([1e-12, 0.5], dtype=torch.float64))
     raised = torch.diag(torch.tensor([0.01, 0.5], dtype=torch.float64))
     mean = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    first, second = (FlowMap(MLP(mean, c, min_std=0.1)) for c in (cov, raised))
+    first, second = FlowMap(MLP(mean, cov, min_std=0.1)), FlowMap(MLP(mean, raised))
     arguments = 0.1, 0.9, randn(5, 2, seed=1), 0.6, randn(5, 2, seed=2)
     assert_close(first(*arguments), second(*arguments), 1e-12)
 

@@ -24,7 +24,7 @@ from mfm_ref import (
 from mfm_ref.gaussian import angle_of_time, posterior_std, time_of_angle
 from mfm_ref.objectives import teacher_velocity, weighted_mean_square
 from mfm_ref.times import balanced_times, context_time, ordered_times, step_towards
-from tests.helpers import LIMIT, MapOf, finite_difference, gaussian, line, slope, z_scores
+from tests.helpers import LIMIT, MapOf, finite_difference, gaussian, line, moment_scores, slope, z_scores
 from tests.strategies import Case, assert_close, cases, mixtures, randn, random_mixture, rng, row_scale
 
 CHEAP = mixtures(max_components=1) | mixtures(max_dim=1)  # closed form and quantile routes of the oracle
@@ -254,6 +254,7 @@ def test_adaptive_weight_of_the_paper():
     assert_close(adaptive_weight(squared, p=0.5), torch.tensor([10.0, 2.0, 0.5], dtype=torch.float64), 1e-12)
     assert_close(adaptive_weight(squared, p=1.0), torch.tensor([100.0, 4.0, 0.25], dtype=torch.float64), 1e-12)
     assert_close(adaptive_weight(squared, p=0), torch.ones(3, dtype=torch.float64), 0)
+    assert not adaptive_weight(squared.requires_grad_(), p=0.5).requires_grad
 
 
 @given(st.floats(0, 1), st.floats(0.1, 10))
@@ -315,6 +316,31 @@ def test_any_shape_any_batch_and_labels(shape, with_drift, batch):
     first, second = list(range(batch // 2)), list(range(batch // 2, batch))
     assert seen[0] == first
     assert all(labels == second for labels in seen[1:])
+
+
+@pytest.mark.parametrize("with_drift", [False, True])
+def test_batches_hold_two_independent_noises_of_one_clean_sample(with_drift):
+    """E9 read off the model's own arguments: with x₁ = c, (x − t c)/(1−t) and (z − s c)/(1−s) are independent normals.
+
+    Both halves; means, squares and products of 5,000 rows, 6e-7 each. The semigroup's second call has moved on.
+    """
+    p1, clean, calls = gaussian(1), 3.0, []
+
+    def spy(s, u, z, t, x, y=None):
+        calls.append([torch.as_tensor(a).flatten() for a in (s, u, z, t, x)])
+        return z
+
+    X = MapOf(None, (1,))
+    X.velocity = spy
+    x1 = torch.full((10_000, 1), clean, dtype=torch.float64)
+    meta_flow_map_loss(X, x1, drift=p1.drift if with_drift else None, generator=rng(0))
+    diagonal, semigroup = calls[0], calls[-1]
+    assert torch.equal(diagonal[0], diagonal[1])
+    assert (semigroup[0] <= semigroup[1]).all()
+    for s, _, z, t, x in (diagonal, semigroup):
+        assert len(s) == 5_000
+        noises = torch.stack([(x - t * clean) / (1 - t), (z - s * clean) / (1 - s)], -1)
+        assert moment_scores(noises, torch.zeros(2).double(), torch.eye(2).double()) < LIMIT
 
 
 def test_meta_flow_map_loss_is_smallest_at_the_oracle():
@@ -478,6 +504,7 @@ def test_balanced_times_are_uniform_in_angle():
     assert (s < 1).all()
     assert abs(z_scores((u == 1).double(), 0.25)) < LIMIT
     low, high = (torch.atan2(a * std, 1 - a).numpy() / (math.pi / 2) for a in (s, u))
+    assert 0.96 < low.max() <= 0.98 + 1e-12
     assert stats.kstest(1 - (1 - low / 0.98) ** 2, "uniform").pvalue > 1e-6
     assert stats.kstest(high[(u < 1).numpy()] ** 2, "uniform").pvalue > 1e-6
     assert stats.kstest(s.numpy(), "uniform").pvalue < 1e-6
