@@ -53,7 +53,7 @@ def test_every_equation_names_functions_that_exist():
 
 def test_commands_of_the_makefile_are_the_documented_ones():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in re.findall(r"-m toy\.(\w+)", README):
         assert (ROOT / "toy" / f"{module}.py").exists()
