@@ -5,6 +5,7 @@ anything else by a high-order solve of dz/ds = b̄_s(z; t, x). None of them uses
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from scipy.integrate import DOP853
@@ -168,7 +169,7 @@ def _solve(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Tensor, max_step
     return z
 
 
-def _dormand_prince(rate, tau: Tensor, z: Tensor, step: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _dormand_prince(rate: Callable[[Tensor, Tensor], Tensor], tau: Tensor, z: Tensor, step: Tensor) -> Tensor:
     """The mean rate over one step, by the tableau of SciPy's DOP853."""
     stages: list[Tensor] = []
     for a, c in zip(DOP853.A, DOP853.C, strict=True):
