@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mfm_ref.checks import Reward, Time, check_count, check_finite, evaluate_reward, expand_time
-from mfm_ref.flow_map import MetaFlowMap
+from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import noise_scale
 from mfm_ref.sampling import integrate, noise_like, sample_posterior, time_grid
 
@@ -129,11 +129,6 @@ def doob_drift(
         return unconditional_drift(X, t, x, y) + g
 
 
-def unconditional_drift(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """b_t(x) (E2): the diagonal of the map in the empty context, v_{t,t}(x; 0, 0); `(B, *D)`."""
-    return X.velocity(t, t, x, 0.0, torch.zeros_like(x), y)
-
-
 def denoiser(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
     """D_t(x) = E[x₁ | I_t = x] (E2): b̄_0(0; t, x) = D_t(x) − 0, read off the diagonal; `(B, *D)`."""
     return X.velocity(0.0, 0.0, torch.zeros_like(x), t, x, y)
@@ -209,9 +204,13 @@ def through_context(X: MetaFlowMap, t: Time, x: Tensor) -> tuple[MetaFlowMap, Te
         ValueError: at t = 0 for a map that reads x itself.
     """
     time = expand_time(t, x)
-    network = getattr(X, "network", None)
-    if network.reads_tx if network is not None else hasattr(X, "from_tx"):
+    if X.reads_tx:
         return _ReadingTx(X), (time * x.detach()).requires_grad_(), 1 - time
+    if bool((time == 0).any()):
+        raise ValueError(
+            "differentiating a map that reads x (reads_tx is false) needs t > 0, got t = 0; "
+            'let its network read t·x, or use method "stein"'
+        )
     return X, x.detach().clone().requires_grad_(), noise_scale(time) / 2
 
 
@@ -219,7 +218,7 @@ class _ReadingTx:
     """X with every context argument understood as the product t·x."""
 
     def __init__(self, X: MetaFlowMap):
-        self.X, self.shape, self.dtype, self.device = X, X.shape, X.dtype, X.device
+        self.X, self.shape, self.dtype, self.device, self.reads_tx = X, X.shape, X.dtype, X.device, True
 
     def __call__(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.X.from_tx(s, u, z, t, x, y)
@@ -244,6 +243,8 @@ def context_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Posterior draws X and (σ_t²/2) ∇_x r(X) of each (E18), both `(n, B, *D)`; finite at t = 0 as `guidance` is."""
     check_count(n, "n")
+    if eps is not None and eps.shape != (n, *x.shape):
+        raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
     with torch.enable_grad():
         x = x.detach().expand(n, *x.shape).flatten(0, 1)
         t = expand_time(t, x[: len(x) // n]).flatten().repeat(n)
@@ -282,9 +283,12 @@ def _stein_shift(
 
 def _gradient(values: Tensor, x: Tensor) -> Tensor:
     """∇_x of each row's value; a reward that cannot be differentiated is named as such."""
-    if not values.requires_grad:
-        raise ValueError('method "gradient" needs a differentiable reward; use method "stein" for a black box')
-    (gradient,) = torch.autograd.grad(values.sum(), x)
+    gradient = torch.autograd.grad(values.sum(), x, allow_unused=True)[0] if values.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "this needs a differentiable reward (and no inference mode), got one without a gradient; "
+            'method "stein" takes a black box'
+        )
     check_finite(gradient, "the gradient of the value")
     return gradient
 

@@ -21,6 +21,8 @@ def check_time(t: Time, name: str = "t") -> None:
     """
     if torch.compiler.is_compiling():  # a data-dependent branch would break the compiled graph
         return
+    if not isinstance(t, (int, float, Tensor)) or (isinstance(t, Tensor) and t.numel() == 0):
+        raise ValueError(f"time {name} must be a number or a tensor that is not empty, got {t!r}")
     low, high = (t.min().item(), t.max().item()) if isinstance(t, Tensor) else (t, t)
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"time {name} must lie in [0, 1], got values from {low} to {high}")
@@ -30,8 +32,11 @@ def check_order(s: Time, u: Time) -> None:
     """Refuse internal times with s > u: most often the two were swapped."""
     if torch.compiler.is_compiling():
         return
-    if bool(torch.any(torch.as_tensor(s) > torch.as_tensor(u))):
-        raise ValueError(f"internal times must satisfy s <= u, got s = {s}, u = {u}")
+    s, u = torch.as_tensor(s), torch.as_tensor(u)
+    if bool((s > u).any()):
+        worst = torch.argmax(s - u)
+        pair = [float(a.expand((s - u).shape).flatten()[worst]) for a in (s, u)]
+        raise ValueError(f"internal times must satisfy s <= u, got s = {pair[0]}, u = {pair[1]}")
 
 
 def expand_time(t: Time, x: Tensor, name: str = "t") -> Tensor:
@@ -72,7 +77,7 @@ def check_finite(x: Tensor, name: str) -> None:
 
 def check_count(n: int, name: str, minimum: int = 1) -> None:
     """Refuse a count that is not an integer of at least `minimum`."""
-    if not isinstance(n, int) or n < minimum:
+    if isinstance(n, bool) or not isinstance(n, int) or n < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {n!r}")
 
 
@@ -96,4 +101,4 @@ def evaluate_reward(reward: Reward, x1: Tensor) -> Tensor:
         got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
         raise ValueError(f"a reward must return one number per sample, shape ({x1.shape[0]},), got {got}")
     check_finite(r, "the reward")
-    return r
+    return r if r.is_floating_point() else r.to(x1.dtype)

@@ -29,6 +29,8 @@ class ExactFlowMap:
             not finite, times outside [0, 1] or of another shape, s > u, or class labels, which a mixture lacks.
     """
 
+    reads_tx = True
+
     def __init__(self, p1: GaussianMixture, *, max_step: float = 0.1):
         if p1.log_weights.ndim != 1:
             raise ValueError(f"p1 must be one mixture, got a batch of shape {tuple(p1.log_weights.shape[:-1])}")
@@ -88,6 +90,8 @@ class ExactFlowMap:
         check_same_shape(z=z, x=x)
         if z.ndim != 2 or z.shape[-1] != self.p1.dim:
             raise ValueError(f"states must have shape (B, {self.p1.dim}), got {tuple(z.shape)}")
+        if z.dtype != self.dtype:
+            raise ValueError(f"states must have the dtype of the mixture, {self.dtype}, got {z.dtype}")
         check_finite(z, "the state z")
         check_finite(x, "the context")
         s, u, t = expand_time(s, z, "s"), expand_time(u, z, "u"), expand_time(t, z, "t")

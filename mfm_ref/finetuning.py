@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mfm_ref.alignment import context_gradient, rewards_of
-from mfm_ref.checks import Reward, Time, check_same_shape, expand_time
+from mfm_ref.checks import Reward, Time, check_finite, check_same_shape, expand_time
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import Drift
 from mfm_ref.sampling import sample_posterior
@@ -41,10 +41,10 @@ def finetune_loss(
 
     Args:
         student: b_θ, `student(t, x) -> (B, *D)` (with a third argument y where labels are given).
-        base: b, the drift being fine-tuned; evaluated without a graph.
+        base: b, the drift being fine-tuned; evaluated without a graph. "stein" has b from X's own draws instead.
         X: Meta Flow Map of the base; not trained.
         reward: callable `(B, *D) -> (B,)`.
-        t, x: times `()` or `(B,)` in [0, 1), and states `(B, *D)`.
+        t, x: times `()` or `(B,)` in [0, 1] (below 1 for "stein"), and states `(B, *D)`.
         y: class labels `(B,)`, or None.
         n: posterior samples per state; the loss averages over them.
         method: "gradient" or "stein".
@@ -74,7 +74,8 @@ def finetune_loss(
         raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
     with torch.no_grad():
         factor = (rewards_of(reward, draws) - log_scale).exp()
-    squared = (_call(student, t, x, y, "student") - target).flatten(2).square().sum(2)  # (n, B)
+        check_finite(factor, "e^(r − log_scale): choose a larger log_scale; it")
+    squared = (_call(student, t, x, y, "student") - target).square().reshape(n, len(x), -1).sum(2)  # (n, B)
     if weight is not None:
         times = expand_time(t, x).flatten()
         w = weight(times)

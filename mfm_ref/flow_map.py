@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mfm_ref.checks import Time, check_order, check_same_shape, expand_time
+from mfm_ref.checks import Time, check_finite, check_order, check_same_shape, expand_time
 
 
 class MetaFlowMap(Protocol):
@@ -18,6 +18,11 @@ class MetaFlowMap(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """*D, the shape of one state."""
+        ...
+
+    @property
+    def reads_tx(self) -> bool:
+        """Whether the context is read as t·x: then `from_tx` and `velocity_from_tx` work, and t = 0 can be steered."""
         ...
 
     @property
@@ -41,8 +46,8 @@ class MetaFlowMap(Protocol):
     def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
         """X with its context given as the product t·x, through which alone a posterior depends on x.
 
-        Differentiating here instead of at x keeps (σ²/2) ∇V finite at t = 0. Maps that read x otherwise
-        leave this method and `velocity_from_tx` out, or raise ValueError.
+        Differentiating here instead of at x keeps (σ²/2) ∇V finite at t = 0. Where `reads_tx` is false, this
+        and `velocity_from_tx` raise ValueError.
         """
         ...
 
@@ -82,14 +87,19 @@ class FlowMap(nn.Module):
         self.shape: tuple[int, ...] = tuple(network.shape)  # type: ignore[arg-type]
 
     @property
+    def reads_tx(self) -> bool:
+        """Whether the network reads its context as t·x."""
+        return bool(self.network.reads_tx)
+
+    @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights."""
-        return next(self.parameters()).dtype
+        """dtype of the weights; torch's default for a network without any."""
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
+        """Device of the weights; the CPU for a network without any."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def forward(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """X_{s,u}(z; t, x), `(B, *D)`."""
@@ -98,7 +108,7 @@ class FlowMap(nn.Module):
 
     def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """v_{s,u}(z; t, x), `(B, *D)`."""
-        context = expand_time(t, x) * x if self.network.reads_tx else x
+        context = expand_time(t, x) * x if self.reads_tx else x
         return self._network(s, u, z, t, context, y)
 
     def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
@@ -108,20 +118,32 @@ class FlowMap(nn.Module):
 
     def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
         """v_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
-        if not self.network.reads_tx:
+        if not self.reads_tx:
             raise ValueError("this network reads its context as x, not as t·x")
         return self._network(s, u, z, t, tx, y)
 
     def drift(self, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The unconditional drift b_t(x) (E2): the diagonal in the empty context, v_{t,t}(x; 0, 0)."""
-        return self.velocity(t, t, x, 0.0, torch.zeros_like(x), y)
+        """The unconditional drift b_t(x) (E2), `(B, *D)`."""
+        return unconditional_drift(self, t, x, y)
 
     def _network(self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None) -> Tensor:
         check_same_shape(z=z, x=context)
         if z.shape[1:] != self.shape:
-            raise ValueError(f"states must have shape (B, *{self.shape}), got {tuple(z.shape)}")
-        if y is not None and y.shape != z.shape[:1]:
-            raise ValueError(f"labels y must have shape ({z.shape[0]},), got {tuple(y.shape)}")
+            raise ValueError(f"states must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}")
+        weight = next(self.parameters(), z)
+        if z.dtype != weight.dtype:
+            raise ValueError(f"states must have the dtype of the weights, {weight.dtype}, got {z.dtype}")
+        if y is not None and (not isinstance(y, Tensor) or y.shape != z.shape[:1]):
+            raise ValueError(f"labels y must have shape ({z.shape[0]},), got {getattr(y, 'shape', y)}")
+        check_finite(z, "the state z")
+        check_finite(context, "the context")
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
         check_order(s, u)
-        return self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]
+        v: Tensor = self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]
+        check_same_shape(velocity=v, z=z)
+        return v
+
+
+def unconditional_drift(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """b_t(x) (E2): the diagonal of the map in the empty context, v_{t,t}(x; 0, 0); `(B, *D)`."""
+    return X.velocity(t, t, x, 0.0, torch.zeros_like(x), y)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import Time, check_same_shape, check_time, expand_time
+from mfm_ref.checks import Time, check_finite, check_same_shape, check_time, expand_time
 
 Drift = Callable[..., Tensor]  # drift(t, x) -> (B, *D), or drift(t, x, y) where classes are given
 
@@ -24,7 +24,7 @@ def interpolate(x0: Tensor, x1: Tensor, t: Time) -> Tensor:
     Raises:
         ValueError: shapes that differ, or a time outside [0, 1].
     """
-    check_same_shape(x0=x0, x1=x1)
+    _check_states(x0=x0, x1=x1)
     t = expand_time(t, x1)
     return (1 - t) * x0 + t * x1
 
@@ -51,13 +51,13 @@ def noise_scale(t: Time) -> Tensor:
 
 def drift_to_denoiser(b: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: D = x + (1−t) b. Finite for every t in [0, 1]."""
-    check_same_shape(b=b, x=x)
+    _check_states(b=b, x=x)
     return x + (1 - expand_time(t, x)) * b
 
 
 def drift_to_score(b: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: ∇ log p_t = (t b − x)/(1−t). Needs t < 1."""
-    check_same_shape(b=b, x=x)
+    _check_states(b=b, x=x)
     t = expand_time(t, x)
     _refuse(t == 1, "drift_to_score needs t < 1, got t = 1")
     return (t * b - x) / (1 - t)
@@ -65,7 +65,7 @@ def drift_to_score(b: Tensor, t: Time, x: Tensor) -> Tensor:
 
 def denoiser_to_drift(denoised: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: b = (D − x)/(1−t). Needs t < 1."""
-    check_same_shape(denoised=denoised, x=x)
+    _check_states(denoised=denoised, x=x)
     t = expand_time(t, x)
     _refuse(t == 1, "denoiser_to_drift needs t < 1, got t = 1")
     return (denoised - x) / (1 - t)
@@ -73,7 +73,7 @@ def denoiser_to_drift(denoised: Tensor, t: Time, x: Tensor) -> Tensor:
 
 def denoiser_to_score(denoised: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: ∇ log p_t = (t D − x)/(1−t)². Needs t < 1."""
-    check_same_shape(denoised=denoised, x=x)
+    _check_states(denoised=denoised, x=x)
     t = expand_time(t, x)
     _refuse(t == 1, "denoiser_to_score needs t < 1, got t = 1")
     return (t * denoised - x) / (1 - t) ** 2
@@ -81,7 +81,7 @@ def denoiser_to_score(denoised: Tensor, t: Time, x: Tensor) -> Tensor:
 
 def score_to_drift(score: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: b = (x + (1−t) ∇ log p_t)/t. Needs t > 0."""
-    check_same_shape(score=score, x=x)
+    _check_states(score=score, x=x)
     t = expand_time(t, x)
     _refuse(t == 0, "score_to_drift needs t > 0, got t = 0")
     return (x + (1 - t) * score) / t
@@ -89,10 +89,16 @@ def score_to_drift(score: Tensor, t: Time, x: Tensor) -> Tensor:
 
 def score_to_denoiser(score: Tensor, t: Time, x: Tensor) -> Tensor:
     """E2: D = (x + (1−t)² ∇ log p_t)/t. Needs t > 0."""
-    check_same_shape(score=score, x=x)
+    _check_states(score=score, x=x)
     t = expand_time(t, x)
     _refuse(t == 0, "score_to_denoiser needs t > 0, got t = 0")
     return (x + (1 - t) ** 2 * score) / t
+
+
+def _check_states(**states: Tensor) -> None:
+    check_same_shape(**states)
+    for name, state in states.items():
+        check_finite(state, name)
 
 
 def _refuse(bad: Tensor, message: str) -> None:
@@ -149,7 +155,7 @@ def glass_drift(drift: Drift, s: Time, z: Tensor, t: Time, x: Tensor, y: Tensor 
     Raises:
         ValueError: shapes that differ, or a time outside [0, 1].
     """
-    check_same_shape(z=z, x=x)
+    _check_states(z=z, x=x)
     s, t = expand_time(s, z, "s"), expand_time(t, x, "t")
     of_x, of_z, p = t * (1 - s), s * (1 - t), (1 - t) * (1 - s)
     informed = (of_x > 0) | (of_z > 0)  # false where s = t = 0 (nothing is known) and where s = t = 1 (z is x₁)
@@ -157,8 +163,9 @@ def glass_drift(drift: Drift, s: Time, z: Tensor, t: Time, x: Tensor, y: Tensor 
     t_star = torch.where(informed, q / (q + p), t)
     x_star = torch.where(informed, ((1 - s) * of_x * x + (1 - t) * of_z * z) / (q * (q + p)), z)
     gain = torch.where(informed, (1 - t) / (q + p), 1.0)
-    shrunk = t * z * ((q + (1 - t)) / (q + of_z))
+    shrunk = t / (q + of_z) * (q + (1 - t)) * z
     pull = torch.where(informed, of_x / (q * (q + p)) * (x - shrunk), 0.0)
     t_star = t_star.flatten()
     b = drift(t_star, x_star) if y is None else drift(t_star, x_star, y)
+    check_same_shape(drift=b, z=z)
     return gain * b + pull

@@ -79,7 +79,7 @@ class MLP(nn.Module):
     def velocity(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels `(B,)` or None, to `(B, D)`."""
         var = self.var.mean()
-        std = posterior_std(t, var)
+        std = posterior_std(t, var).clamp_min(1e-6)  # an angle at s = t = 1 needs one
         times = torch.stack([angle_of_time(s, std), angle_of_time(u, std), angle_of_time(t, var.sqrt())], -1)
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
         z, tx = z @ self.basis, context @ self.basis

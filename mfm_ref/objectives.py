@@ -36,8 +36,12 @@ def adaptive_weight(squared: Tensor, *, p: float, c: float = 0.01, unit: Tensor 
 
 def weighted_mean_square(residual: Tensor, weight: Weight | None = None) -> Tensor:
     """Mean over the batch of w ‖Δ‖², with ‖Δ‖² the sum of squares of one sample; w = 1 where None."""
-    squared = residual.flatten(1).square().sum(1)
-    return (squared if weight is None else weight(squared).detach() * squared).mean()
+    squared = residual.square().reshape(len(residual), -1).sum(1)
+    if weight is None:
+        return squared.mean()
+    w = weight(squared).detach()
+    check_same_shape(weight=w, squared=squared)
+    return (w * squared).mean()
 
 
 def meta_flow_map_loss(
@@ -72,11 +76,13 @@ def meta_flow_map_loss(
         the loss, `()`.
 
     Raises:
-        ValueError: fewer than two samples, or data that is not finite.
+        ValueError: fewer than two samples, data that is not finite, or data_var or step out of range.
     """
     check_finite(x1, "x1")
     if len(x1) < 2:
         raise ValueError(f"meta_flow_map_loss needs at least two samples, got {len(x1)}")
+    if not (data_var > 0 and 0 < step <= torch.pi / 2):
+        raise ValueError(f"data_var must be positive and step in (0, π/2], got {data_var} and {step}")
     t = context_time(len(x1), generator=generator).to(x1).clamp_max(LATEST_CONTEXT)
     std = posterior_std(t, data_var)
     s, u = balanced_times(t, std, generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mfm_ref.checks import check_count, check_finite
-from mfm_ref.report import atomic_path
+from mfm_ref.files import atomic_path
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,10 +52,12 @@ def train(
         the averaged model, in eval mode and without gradients, and the loss of each step.
 
     Raises:
-        ValueError: steps < 1; a checkpoint of another run; or (with its step) a loss that is not finite.
+        ValueError: steps, warmup or every below one; a checkpoint of another run; or (with its step) a loss or
+            gradient that is not finite.
     """
     check_count(steps, "steps")
     check_count(every, "every")
+    check_count(warmup, "warmup")
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1.0, (k + 1) / warmup) * (1 + math.cos(math.pi * k / steps)) / 2
@@ -71,13 +73,15 @@ def train(
         check_finite(current, f"the loss at step {k}")
         optimizer.zero_grad()
         current.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        check_finite(nn.utils.clip_grad_norm_(model.parameters(), clip), f"the gradient's norm at step {k}")
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             keep = min(decay, (1 + k) / (10 + k))
             for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
                 mean.lerp_(weight, 1 - keep)
+            for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+                kept.copy_(buffer)  # running statistics are averages already
         history.append(current.item())
         if k % 50 == 0:
             bar.set_postfix(loss=f"{history[-1]:.4f}")

@@ -84,8 +84,7 @@ class MapOf:
 class ReadsX(ExactFlowMap):
     """The oracle as a map that reads x itself: `from_tx` refuses, as it does for such a network."""
 
-    class network:  # noqa: N801 - stands in for a network's attribute
-        reads_tx = False
+    reads_tx = False
 
     def __call__(self, s, u, z, t, x, y=None):
         t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))

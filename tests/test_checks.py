@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mfm_ref import (
+    MLP,
     ExactFlowMap,
+    FlowMap,
     GaussianLikelihood,
     GaussianMixture,
     LinearReward,
@@ -25,6 +27,7 @@ from tests.strategies import randn, random_mixture, rng
 
 P1 = random_mixture(2, 3, seed=0)
 X_GENERAL = ExactFlowMap(P1, max_step=1.0)
+NETWORK = FlowMap(MLP(torch.zeros(2), torch.eye(2), hidden=8)).double()
 STATE = randn(4, 2, seed=1)  # B = 4, D = 2
 
 CONVERSIONS = (
@@ -72,6 +75,8 @@ OF_A_STATE = {
     "map": lambda x: X_GENERAL(0.0, 1.0, x, 0.5, x),
     "map from tx": lambda x: X_GENERAL.from_tx(0.0, 1.0, x, 0.5, x),
     "velocity": lambda x: X_GENERAL.velocity(0.0, 1.0, x, 0.5, x),
+    "glass": lambda x: glass_drift(P1.drift, 0.5, x, 0.5, x),
+    "network's map": lambda x: NETWORK(0.0, 1.0, x, 0.5, x),
     "velocity from tx": lambda x: X_GENERAL.velocity_from_tx(0.5, 0.5, x, 0.5, x),
 }
 of_a_state = pytest.mark.parametrize("f", OF_A_STATE.values(), ids=OF_A_STATE.keys())

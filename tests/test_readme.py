@@ -1,11 +1,13 @@
 """The README is true: its example runs, its tables repeat the committed reports, its links and commands exist."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import mfm_ref
@@ -27,6 +29,28 @@ def test_the_first_example_runs_as_printed():
     assert float((numbers[0] - numbers[1]).norm()) < 2.5  # 64 samples of spread 2, four draws a step
     untilted = torch.zeros(2)
     assert float((numbers[1] - untilted).norm()) > 1.5  # the tilt moves the mean: the line is not empty
+
+
+def test_the_network_example_runs_as_printed():
+    code = README.split("```python")[2].split("```")[0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.split("\n")[:2] == ["torch.Size([7, 3, 1, 4, 4])", "torch.Size([8, 1, 4, 4])"]
+
+
+@pytest.mark.parametrize("rung", ["mixture", "digits"])
+def test_rungs_run_from_the_command_line(rung, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"toy.{rung}", "--fast", "--seed", "3", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert "posterior" in result.stdout and "s in all" in result.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["config"]["seed"] == 3
+    options = subprocess.run(
+        [*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "--train-steps" in options.stdout and "default: 1" in options.stdout
 
 
 def test_tables_repeat_the_committed_reports():

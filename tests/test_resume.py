@@ -71,15 +71,17 @@ def test_toy_run_survives_sigkill(tmp_path):
 
     assert start(tmp_path / "whole").wait(timeout=120) == 0
     process, deadline = start(tmp_path / "killed"), time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("map.pt")):  # the first stage has left a checkpoint
+    while not list((tmp_path / "killed" / "checkpoints").glob("map.pt")):  # the first stage has left a checkpoint
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "killed" / "mine.pt").touch()
     assert not (tmp_path / "killed" / "report.json").exists()
     assert start(tmp_path / "killed").wait(timeout=120) == 0
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "killed")]
     for report in reports:
         del report["seconds"], report["config"]
     assert reports[0] == reports[1]
-    assert not list((tmp_path / "killed").glob("*.pt"))  # a finished run leaves no checkpoint behind
+    assert not (tmp_path / "killed" / "checkpoints").exists()  # a finished run leaves no checkpoint behind
+    assert (tmp_path / "killed" / "mine.pt").exists()  # and touches no other file

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mfm_ref import train
-from mfm_ref.report import COLOURS, atomic_path, new_figure, save_figure, save_json, save_weights
+from mfm_ref.figures import COLOURS, new_figure, save_figure
+from mfm_ref.files import atomic_path, save_json, save_weights
 
 
 class Scalar(nn.Module):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,15 +12,20 @@ import torch
 Config = TypeVar("Config", bound="ToyConfig")
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a config, with the line that `--help` shows for it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclasses.dataclass(frozen=True)
 class ToyConfig:
     """Options that every toy script has."""
 
-    out: Path = Path("runs")  # folder of the results
-    seed: int = 0  # of every random number
-    device: str = "cpu"  # where torch computes: cpu, cuda, …
-    fast: bool = False  # a run of seconds that only shows that everything works
-    threads: int = 1  # of torch on a CPU; with small tensors, more of them mostly wait for each other
+    out: Path = option(Path("runs"), "folder of the results")
+    seed: int = option(0, "of every random number")
+    device: str = option("cpu", "where torch computes: cpu, cuda, …")
+    fast: bool = option(False, "a run of seconds that only shows that everything works")
+    threads: int = option(1, "of torch on a CPU; with small tensors, more of them mostly wait for each other")
 
 
 def parse(config: type[Config], description: str, arguments: list[str] | None = None) -> Config:
@@ -27,22 +33,22 @@ def parse(config: type[Config], description: str, arguments: list[str] | None = 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(config):
         name, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        text = field.metadata.get("help", " ")
         if kind is bool:
-            parser.add_argument(name, action="store_true", help=" ")
+            parser.add_argument(name, action="store_true", help=text)
         else:
-            parser.add_argument(name, type=kind, default=field.default, help=" ")
+            parser.add_argument(name, type=kind, default=field.default, help=text)
     return config(**vars(parser.parse_args(arguments)))
 
 
 def resumable(config: ToyConfig, stage: str, rng: torch.Generator) -> dict[str, Any]:
-    """Options of `mfm_ref.train` that let a killed stage go on from `out/stage.pt` with the same numbers."""
-    return {"generator": rng, "checkpoint": config.out / f"{stage}.pt", "tag": repr(config)}
+    """Options of `mfm_ref.train` that let a killed stage go on from `out/checkpoints` with the same numbers."""
+    return {"generator": rng, "checkpoint": config.out / "checkpoints" / f"{stage}.pt", "tag": repr(config)}
 
 
 def remove_checkpoints(config: ToyConfig) -> None:
     """Delete what `resumable` left, once the run's results are written."""
-    for path in config.out.glob("*.pt"):
-        path.unlink()
+    shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
 
 
 def start(config: ToyConfig) -> float:

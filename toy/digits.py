@@ -38,9 +38,10 @@ from mfm_ref import (
 )
 from mfm_ref.alignment import log_mean_exp
 from mfm_ref.checks import Reward
-from mfm_ref.report import COLOURS, new_figure, save_figure, save_json, save_weights
+from mfm_ref.figures import COLOURS, new_figure, save_figure
+from mfm_ref.files import save_json, save_weights
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, parse, remove_checkpoints, resumable, start
+from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start
 
 CLASS_WEIGHTS = torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10
 TIMES = (0.1, 0.3, 0.5, 0.7)
@@ -51,22 +52,22 @@ Classify = Callable[[Tensor], Tensor]  # images (B, 64) -> classes (B,)
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig(ToyConfig):
-    """Settings of the run; the defaults end within two minutes on two cores."""
+    """Settings of the run; the defaults end within two minutes on one core."""
 
     out: Path = Path("runs/digits")
-    held_out: int = 497  # images kept from the map and from the classifier
-    noise: float = 0.06  # standard deviation of noise added to every image; a grey level is 0.125
-    hidden: int = 384  # width of the map's network
+    held_out: int = option(497, "images kept from the map and from the classifier")
+    noise: float = option(0.06, "standard deviation of noise added to every image; a grey level is 0.125")
+    hidden: int = option(384, "width of the map's network")
     train_steps: int = 4000
     batch: int = 256
     lr: float = 2e-3
     classifier_steps: int = 1000
-    posterior_samples: int = 16  # per held-out image and time
-    set_size: int = 1000  # samples whose classes are counted
+    posterior_samples: int = option(16, "per held-out image and time")
+    set_size: int = option(1000, "samples whose classes are counted")
     steering_steps: int = 50
     finetune_steps: int = 1200
     finetune_batch: int = 256
-    finetune_draws: int = 4  # posterior samples per state
+    finetune_draws: int = option(4, "posterior samples per state")
 
 
 FAST: dict[str, Any] = {
@@ -106,7 +107,7 @@ def load_digits(config: DigitsConfig) -> tuple[Digits, Digits]:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise ImportError("toy.digits needs scikit-learn, for its data: pip install 'mfm_ref[toy]'") from error
+        raise ImportError("toy.digits needs scikit-learn, for its data: pip install scikit-learn") from error
     bunch = datasets.load_digits()
     order = torch.randperm(len(bunch.data), generator=torch.Generator().manual_seed(0))
     images = torch.tensor(bunch.data, dtype=torch.float32)[order].to(config.device) / 8 - 1
@@ -253,8 +254,7 @@ def steered_samples(config: DigitsConfig, X: FlowMap, reward: Reward) -> dict[st
 def finetune(config: DigitsConfig, X: FlowMap, data: Digits, reward: Reward) -> FlowMap:
     """E18: the student starts as the base; states come from noised images, times from U(0, 0.98).
 
-    The targets use Stein's identity: those through the gradient of the reward vary more here, and in as many steps
-    left the classes at 1.8 times the distance to w.
+    The targets use Stein's identity (E17): here those through the gradient of the reward vary more.
     """
     rng = generator(config, 6)
     with torch.no_grad():

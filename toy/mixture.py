@@ -30,31 +30,32 @@ from mfm_ref import (
     steer,
     train,
 )
+from mfm_ref.figures import COLOURS, new_figure, save_figure
+from mfm_ref.files import save_json, save_weights
 from mfm_ref.interpolant import Drift
-from mfm_ref.report import COLOURS, new_figure, save_figure, save_json, save_weights
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, parse, remove_checkpoints, resumable, start
+from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start
 
 TIMES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig(ToyConfig):
-    """Settings of the run; the defaults end within minutes on two cores."""
+    """Settings of the run; the defaults end within four minutes on one core."""
 
     out: Path = Path("runs/mixture")
     train_steps: int = 7000
     batch: int = 1024
     lr: float = 4e-3
-    contexts: int = 20  # per time, for the posterior ratio
-    posterior_samples: int = 4096  # per context
+    contexts: int = option(20, "per time, for the posterior ratio")
+    posterior_samples: int = option(4096, "per context")
     steering_steps: int = 100
-    set_size: int = 1024  # samples in one steered set
-    steered_sets: int = 2  # per method that uses the network
-    exact_sets: int = 192  # of the exact law and of the exact Doob ODE
+    set_size: int = option(1024, "samples in one steered set")
+    steered_sets: int = option(2, "per method that uses the network")
+    exact_sets: int = option(192, "of the exact law and of the exact Doob ODE")
     finetune_steps: int = 2000
     finetune_batch: int = 256
-    finetune_draws: int = 8  # posterior samples per state
+    finetune_draws: int = option(8, "posterior samples per state")
 
 
 FAST: dict[str, Any] = {

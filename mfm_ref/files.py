@@ -1,4 +1,4 @@
-"""Results on disk: every file is written under a temporary name and then renamed, so none is ever half there."""
+"""Files on disk: every one is written under a temporary name and then renamed, so none is ever half there."""
 
 import json
 import os
@@ -7,13 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from torch import nn
-
-# Okabe–Ito, readable with any colour vision.
-COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "grey": "#999999"}
 
 
 @contextmanager
@@ -39,24 +34,3 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors."""
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
-def new_figure(rows: int, columns: int, *, size: tuple[float, float], **kwargs: Any) -> tuple[Figure, Any]:
-    """A figure and its array of axes `(rows, columns)` in the house style; `size` is one panel's, in inches."""
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 9,
-        "legend.frameon": False,
-        "figure.constrained_layout.use": True,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(columns * size[0], rows * size[1]))
-        return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
