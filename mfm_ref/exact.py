@@ -177,6 +177,6 @@ def _dormand_prince(rate: Callable[[Tensor, Tensor], Tensor], tau: Tensor, z: Te
     """The mean rate over one step, by the tableau of SciPy's DOP853."""
     stages: list[Tensor] = []
     for a, c in zip(DOP853.A, DOP853.C, strict=True):
-        offset = sum((float(w) * k for w, k in zip(a, stages, strict=False) if w), torch.zeros_like(z))
+        offset = sum((float(w) * k for w, k in zip(a[: len(stages)], stages, strict=True) if w), torch.zeros_like(z))
         stages.append(rate(tau + float(c) * step, z + step * offset))
     return sum((float(w) * k for w, k in zip(DOP853.B, stages, strict=True) if w), torch.zeros_like(z))
