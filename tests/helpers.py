@@ -65,6 +65,8 @@ def finite_difference(f, a: float, h: float = 1e-4) -> Tensor:
 class MapOf:
     """A Meta Flow Map made of one function X(s, u, z, t, x, y) of column-shaped times: for pairing and failures."""
 
+    reads_tx = False
+
     def __init__(self, function, shape: tuple[int, ...], dtype: torch.dtype = torch.float64):
         self.function, self.shape, self.dtype, self.device = function, shape, dtype, torch.device("cpu")
 
