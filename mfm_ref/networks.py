@@ -23,7 +23,7 @@ class MLP(nn.Module):
         cov: of the data, `(D, D)`, symmetric; eigenvalues below `min_std`² are raised to it.
         hidden: width; depth: number of hidden layers, >= 1.
         normalise: a LayerNorm before each hidden layer but the first. From data, where the map is its own target,
-            training on images was seen to diverge without it; the 2-D toys do not need it.
+            training on images was seen to diverge without it; the 2-D mixture does not need it.
         n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.
         min_std: smallest standard deviation that a principal axis is given, > 0.
 
