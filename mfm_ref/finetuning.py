@@ -58,7 +58,8 @@ def finetune_loss(
 
     Raises:
         ValueError: an unknown method, "stein" at t = 1, "gradient" at t = 0 with a map that reads x instead of
-            t·x, n below one, a drift or a weight of another shape, or a reward of the wrong shape or not finite.
+            t·x, n below one, a drift or a weight of another shape, a reward of the wrong shape or not finite,
+            or one so large that e^{r−c} overflows.
     """
     if method == "gradient":
         draws, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)

@@ -129,9 +129,9 @@ class TiltedLaw:
     """Exact sets from p*, and the mean sliced W₂ to them and between them."""
 
     def __init__(self, config: MixtureConfig, target: GaussianMixture):
-        self.rng, self.size = generator(config, 4), config.set_size
+        self.config, self.size, rng = config, config.set_size, generator(config, 4)
         self.sets, others = (
-            target.sample(self.size * config.exact_sets, generator=self.rng).split(self.size) for _ in range(2)
+            target.sample(self.size * config.exact_sets, generator=rng).split(self.size) for _ in range(2)
         )
         self.floor = self._mean_distance(others)
 
@@ -140,8 +140,9 @@ class TiltedLaw:
         return {"sw2": self._mean_distance(samples.split(self.size)), "floor": self.floor}
 
     def _mean_distance(self, sets: tuple[Tensor, ...]) -> float:
+        rng = generator(self.config, 10)  # the same directions in every comparison: equal sets, equal numbers
         pairs = [(sets[k % len(sets)], exact) for k, exact in enumerate(self.sets)]
-        return sum(float(sliced_wasserstein(a, b, generator=self.rng)) for a, b in pairs) / len(pairs)
+        return sum(float(sliced_wasserstein(a, b, generator=rng)) for a, b in pairs) / len(pairs)
 
 
 def finetune(
