@@ -57,7 +57,10 @@ class MetaFlowMap(Protocol):
 
 
 class Network(Protocol):
-    """What `FlowMap` wraps: one method on tensors, and two facts about it."""
+    """What `FlowMap` wraps: one method on tensors, and two facts about it.
+
+    A network that also has `reads_guidance = True` gets one more argument, `guidance`: the scales `(B,)`, or None.
+    """
 
     shape: tuple[int, ...]  # *D
     reads_tx: bool  # True: the context arrives as t·x. False: as x.
@@ -101,32 +104,42 @@ class FlowMap(nn.Module):
         """Device of the weights; the CPU for a network without any."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def forward(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """X_{s,u}(z; t, x), `(B, *D)`."""
+    def forward(
+        self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None, guidance: Time | None = None
+    ) -> Tensor:
+        """X_{s,u}(z; t, x), `(B, *D)`. `guidance`, here and below: scale `()` or `(B,)`, for networks that read one."""
         jump = expand_time(u, z, "u") - expand_time(s, z, "s")
-        return z + jump * self.velocity(s, u, z, t, x, y)
+        return z + jump * self.velocity(s, u, z, t, x, y, guidance)
 
-    def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def velocity(
+        self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None, guidance: Time | None = None
+    ) -> Tensor:
         """v_{s,u}(z; t, x), `(B, *D)`."""
         context = expand_time(t, x) * x if self.reads_tx else x
-        return self._network(s, u, z, t, context, y)
+        return self._network(s, u, z, t, context, y, guidance)
 
-    def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+    def from_tx(
+        self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None, guidance: Time | None = None
+    ) -> Tensor:
         """X_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
         jump = expand_time(u, z, "u") - expand_time(s, z, "s")
-        return z + jump * self.velocity_from_tx(s, u, z, t, tx, y)
+        return z + jump * self.velocity_from_tx(s, u, z, t, tx, y, guidance)
 
-    def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+    def velocity_from_tx(
+        self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None, guidance: Time | None = None
+    ) -> Tensor:
         """v_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
         if not self.reads_tx:
             raise ValueError("this network reads its context as x, not as t·x")
-        return self._network(s, u, z, t, tx, y)
+        return self._network(s, u, z, t, tx, y, guidance)
 
     def drift(self, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The unconditional drift b_t(x) (E2), `(B, *D)`."""
         return unconditional_drift(self, t, x, y)
 
-    def _network(self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None) -> Tensor:
+    def _network(
+        self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None, guidance: Time | None
+    ) -> Tensor:
         check_same_shape(z=z, x=context)
         if z.shape[1:] != self.shape:
             raise ValueError(f"states must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(z.shape)}")
@@ -139,11 +152,51 @@ class FlowMap(nn.Module):
         check_finite(context, "the context")
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
         check_order(s, u)
-        v: Tensor = self.network.velocity(s, u, z, t, context, y)  # type: ignore[operator]
+        scale = () if guidance is None else (self._scale(guidance, z),)
+        v: Tensor = self.network.velocity(s, u, z, t, context, y, *scale)  # type: ignore[operator]
         check_same_shape(velocity=v, z=z)
         return v
+
+    def _scale(self, guidance: Time, z: Tensor) -> Tensor:
+        if not getattr(self.network, "reads_guidance", False):
+            raise ValueError("this network has no guidance input, got guidance")
+        w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device)
+        if w.shape not in ((), z.shape[:1]):
+            raise ValueError(f"guidance must have shape () or ({len(z)},), got {tuple(w.shape)}")
+        if not torch.compiler.is_compiling() and not bool((w >= 1).all()):
+            raise ValueError(f"guidance must be at least 1, got {float(w.min())}")
+        return w.expand(len(z))
 
 
 def unconditional_drift(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
     """b_t(x) (E2): the diagonal of the map in the empty context, v_{t,t}(x; 0, 0); `(B, *D)`."""
     return X.velocity(t, t, x, 0.0, torch.zeros_like(x), y)
+
+
+class Guided:
+    """A map with its guidance scale fixed, behind the protocol: `Guided(X, 2.5)` can be sampled, steered and trained.
+
+    Args:
+        X: a `FlowMap` whose network reads guidance.
+        guidance: scale w >= 1, a number, `()` or `(B,)`; 1 is the conditional model itself.
+    """
+
+    def __init__(self, X: FlowMap, guidance: Time):
+        self.X, self.guidance = X, guidance
+        self.shape, self.reads_tx, self.dtype, self.device = X.shape, X.reads_tx, X.dtype, X.device
+
+    def __call__(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """X_{s,u}(z; t, x), `(B, *D)`."""
+        return self.X(s, u, z, t, x, y, self.guidance)
+
+    def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u}(z; t, x), `(B, *D)`."""
+        return self.X.velocity(s, u, z, t, x, y, self.guidance)
+
+    def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """X_{s,u} with the context given as t·x, `(B, *D)`."""
+        return self.X.from_tx(s, u, z, t, tx, y, self.guidance)
+
+    def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """v_{s,u} with the context given as t·x, `(B, *D)`."""
+        return self.X.velocity_from_tx(s, u, z, t, tx, y, self.guidance)

@@ -25,6 +25,7 @@ class MLP(nn.Module):
         normalise: a LayerNorm before each hidden layer but the first. From data, where the map is its own target,
             training on images was seen to diverge without it; the 2-D mixture does not need it.
         n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.
+        reads_guidance: whether the guidance scale w is an input, as 1 − 1/w; None is w = 1.
         min_std: smallest standard deviation that a principal axis is given, > 0.
 
     Raises:
@@ -48,6 +49,7 @@ class MLP(nn.Module):
         depth: int = 4,
         normalise: bool = False,
         n_classes: int = 0,
+        reads_guidance: bool = False,
         min_std: float = 1e-2,
     ):
         super().__init__()
@@ -64,10 +66,11 @@ class MLP(nn.Module):
         var, basis = torch.linalg.eigh(cov)
         self.shape = (d,)
         self.n_classes = n_classes
+        self.reads_guidance = reads_guidance
         self.register_buffer("basis", basis)
         self.register_buffer("mean", mean @ basis)
         self.register_buffer("var", var.clamp_min(min_std**2))
-        self.inlet = nn.Linear(2 * d + 6 * len(self.frequencies), hidden)
+        self.inlet = nn.Linear(2 * d + 6 * len(self.frequencies) + reads_guidance, hidden)
         norm = nn.LayerNorm if normalise else nn.Identity
         self.blocks = nn.ModuleList(nn.Sequential(norm(hidden), nn.Linear(hidden, hidden)) for _ in range(depth - 1))
         self.outlet = nn.Linear(hidden, d)
@@ -76,8 +79,17 @@ class MLP(nn.Module):
         self.labels = nn.Embedding(n_classes + 1, hidden) if n_classes else None
         self.to(mean.dtype)
 
-    def velocity(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
-        """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels `(B,)` or None, to `(B, D)`."""
+    def velocity(
+        self,
+        s: Tensor,
+        u: Tensor,
+        z: Tensor,
+        t: Tensor,
+        context: Tensor,
+        y: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels and guidance `(B,)` or None, to `(B, D)`."""
         var = self.var.mean()
         std = posterior_std(t, var).clamp_min(1e-6)  # an angle at s = t = 1 needs one
         times = torch.stack([angle_of_time(s, std), angle_of_time(u, std), angle_of_time(t, var.sqrt())], -1)
@@ -87,6 +99,8 @@ class MLP(nn.Module):
         spread = gaussian_std(s, c2).clamp_min(1e-12)  # zero only at s = t = 1, where z = m
         den = t**2 * self.var + (1 - t) ** 2
         waves = [wave(f * times) for f in self.frequencies for wave in (torch.cos, torch.sin)]
+        if self.reads_guidance:
+            waves.append(torch.zeros_like(s) if guidance is None else (1 - 1 / guidance).unsqueeze(-1))
         h = self.inlet(torch.cat([(z - s * m) / spread, (tx - t**2 * self.mean) / den.sqrt(), *waves], -1))
         h = nn.functional.silu(h + self._label(y, h))
         for block in self.blocks:
