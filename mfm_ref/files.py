@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -23,6 +25,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, put in its place when the block ends well, else removed.
+
+    What the block wrote is on the disk, not only in its cache, before it gets its name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            _flush(part)
+        remove_folder(path)
+        os.rename(temporary, path)
+        _flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, if it is there; a process that dies meanwhile leaves nothing half empty under its name."""
+    if path.exists():
+        hidden = path.with_name(f".{os.getpid()}.old.{path.name}")
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save_json(content: dict[str, Any], path: Path) -> None:
     """Write a dictionary as indented JSON; NaN and infinity are refused with ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False)
@@ -30,7 +69,52 @@ def save_json(content: dict[str, Any], path: Path) -> None:
         temporary.write_text(text + "\n")
 
 
+def load_json(path: Path) -> dict[str, Any]:
+    """Read a dictionary; a file that is missing, truncated or no dictionary raises ValueError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} must be a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state dict as safetensors."""
+    """Write a model's state dict as safetensors; tensors that share memory are written one by one."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().cpu().contiguous()
+        memory = flat.untyped_storage().data_ptr()
+        tensors[name] = flat.clone() if memory in seen else flat
+        seen.add(memory)
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        save_file(tensors, temporary)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read safetensors; a file that is missing, truncated or of another kind raises ValueError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} must be a readable safetensors file: {error}") from error
+
+
+def fill_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copy tensors read from `source` into a model, all or nothing.
+
+    Raises:
+        ValueError: names that the model lacks or that are missing, another shape or another dtype.
+    """
+    wanted = model.state_dict()
+    faults = [f"{name} is missing" for name in wanted if name not in tensors]
+    faults += [f"{name} is not in the model" for name in tensors if name not in wanted]
+    for name in wanted.keys() & tensors.keys():
+        there, here = ((tuple(t.shape), t.dtype) for t in (tensors[name], wanted[name]))
+        if there != here:
+            faults.append(f"{name} is {there[0]} of {there[1]}, but {here[0]} of {here[1]} in the model")
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise ValueError(f"{source} must fit the model: {'; '.join(sorted(faults)[:4])}{more}")
+    model.load_state_dict(tensors)

@@ -1,11 +1,14 @@
 """The protocol that networks and oracles answer to, and the wrapper that makes a network a Meta Flow Map (E11)."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mfm_ref.checks import Time, check_finite, check_order, check_same_shape, expand_time
+from mfm_ref.pretrained import load_model, load_network, save_model
 
 
 class MetaFlowMap(Protocol):
@@ -136,6 +139,32 @@ class FlowMap(nn.Module):
     def drift(self, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The unconditional drift b_t(x) (E2), `(B, *D)`."""
         return unconditional_drift(self, t, x, y)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write weights and configuration to a folder, which is replaced whole: model.safetensors and config.json.
+
+        Raises:
+            ValueError: a network without `config`, a dict of JSON values (see `mfm_ref/pretrained.py`).
+        """
+        if not isinstance(getattr(self.network, "config", None), dict):
+            raise ValueError(f"a network that is saved needs a config, a dict; {type(self.network).__name__} has none")
+        save_model(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, *, network: Callable[..., nn.Module] | None = None) -> "FlowMap":
+        """The map that `save_pretrained` wrote, or that a checkpoint holds in its folders model and ema; on the CPU.
+
+        Args:
+            folder: holds model.safetensors and config.json.
+            network: the class of the network, or a function of the arguments in config.json that makes it; None for
+                the networks that mfm_ref has.
+
+        Raises:
+            ValueError: files that are missing or damaged, a network that is not known or that does not fit.
+        """
+        X = cls(load_network(Path(folder), network))
+        load_model(X, Path(folder))
+        return X
 
     def _network(
         self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None, guidance: Time | None

@@ -1,5 +1,7 @@
 """Small networks for the toys, preconditioned by the Meta Flow Map of a Gaussian."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,15 @@ class MLP(nn.Module):
         d = len(mean)
         var, basis = torch.linalg.eigh(cov)
         self.shape = (d,)
+        self.config: dict[str, Any] = {
+            "dim": d,
+            "hidden": hidden,
+            "depth": depth,
+            "normalise": normalise,
+            "n_classes": n_classes,
+            "reads_guidance": reads_guidance,
+            "min_std": min_std,
+        }
         self.n_classes = n_classes
         self.reads_guidance = reads_guidance
         self.register_buffer("basis", basis)

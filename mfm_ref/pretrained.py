@@ -1,0 +1,93 @@
+"""Models on disk: a folder with model.safetensors and config.json, enough to make the model again.
+
+A network can be saved if it has a property `config`, a dict of JSON values; whatever made it must make an equal one
+when called with these as keyword arguments. For a network of one's own that is most often its class.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfm_ref.files import atomic_folder, fill_weights, load_json, read_weights, save_json, save_weights
+from mfm_ref.networks import MLP
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = "mfm_ref model 1"
+
+Maker = Callable[..., nn.Module]  # keyword arguments, as in `config`, to a network
+
+
+def _mlp(*, dim: int, **options: Any) -> MLP:
+    return MLP(torch.zeros(dim), torch.eye(dim), **options)  # its mean and covariance come with the weights
+
+
+NETWORKS: dict[str, Maker] = {"MLP": _mlp}  # those that `from_pretrained` knows by name
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write a model's weights, and its config.json if its `network` has a `config`.
+
+    Raises:
+        ValueError: a config that is no dict of JSON values.
+    """
+    network = getattr(model, "network", None)
+    config = getattr(network, "config", None)
+    with atomic_folder(folder) as temporary:
+        if isinstance(config, dict):
+            save_json(_describe(type(network).__name__, config), temporary / CONFIG)
+        save_weights(model, temporary / WEIGHTS)
+
+
+def load_network(folder: Path, network: Maker | None) -> nn.Module:
+    """The network that config.json describes, with weights of its own making.
+
+    Args:
+        folder: what `save_model` wrote.
+        network: makes the network from the arguments in config.json; None for the one that `NETWORKS` knows.
+
+    Raises:
+        ValueError: no or a damaged config.json, a network that is not known, or arguments that it does not take.
+    """
+    found = load_json(folder / CONFIG)
+    if found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG} must have the format {FORMAT!r} and a config, got {found}")
+    maker = network or NETWORKS.get(str(found.get("network")))
+    if maker is None:
+        raise ValueError(
+            f"{folder} holds the network {found.get('network')!r}; known by name are {sorted(NETWORKS)}. "
+            "Give the class of any other: from_pretrained(path, network=MyNetwork)"
+        )
+    try:
+        return maker(**found["config"])
+    except TypeError as error:
+        raise ValueError(f"the config in {folder} must be the arguments of {found['network']}: {error}") from error
+
+
+def load_model(model: nn.Module, folder: Path) -> None:
+    """Fill a model with saved weights, in the dtypes that they were saved in.
+
+    Raises:
+        ValueError: a damaged file, or names or shapes that differ.
+    """
+    tensors = read_weights(folder / WEIGHTS)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)
+    fill_weights(model, tensors, folder / WEIGHTS)
+
+
+def _describe(network: str, config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        same = json.loads(json.dumps(config, allow_nan=False)) == config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config of a network must be a dict of JSON values, got {config}: {error}") from error
+    if not same:
+        raise ValueError(
+            f"the config of a network must be the same when read back from JSON (lists, str keys): {config}"
+        )
+    return {"format": FORMAT, "network": network, "config": config}
