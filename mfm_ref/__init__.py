@@ -5,6 +5,7 @@ map always come in the order `(s, u, z, t, x, y)`. Docstrings cite the equations
 """
 
 from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, steer, value, value_gradient
+from mfm_ref.data import RandomBatches, TensorBatches
 from mfm_ref.exact import ExactFlowMap
 from mfm_ref.finetuning import finetune_loss
 from mfm_ref.flow_map import FlowMap, MetaFlowMap, Network
@@ -25,6 +26,7 @@ from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
 from mfm_ref.objectives import adaptive_weight, diagonal_loss, meta_flow_map_loss, semigroup_loss
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
+from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, sample, sample_posterior
 from mfm_ref.training import train
 
@@ -39,6 +41,9 @@ __all__ = [
     "LinearReward",
     "MetaFlowMap",
     "Network",
+    "RandomBatches",
+    "TensorBatches",
+    "TrainConfig",
     "adaptive_weight",
     "coupled_interpolants",
     "denoiser",

@@ -1,116 +1,192 @@
-"""A training loop for one process: Adam, warm-up and cosine decay, clipping, averaged weights, exact resume."""
+"""The trainer: steps over (model, loss, data, config), on one process or many, that cannot lose its work.
 
-import copy
+`train` reads from top to bottom. Its loss is any function `loss(model, batch, generator)`; networks, data and losses
+know nothing of averages, checkpoints or processes.
+"""
+
 import math
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mfm_ref.checks import check_count, check_finite
-from mfm_ref.files import atomic_path
+from mfm_ref.checkpoints import Checkpoints
+from mfm_ref.distributed import mean_over_processes, rank_and_world
+from mfm_ref.run_state import PRECISIONS, Batch, Model, Run, TrainConfig
+from mfm_ref.runlog import RunLog
 
-Model = TypeVar("Model", bound=nn.Module)
+Loss = Callable[[Model, Batch, torch.Generator | None], Tensor | dict[str, Tensor]]
 
 
 def train(
     model: Model,
-    loss: Callable[[Model], Tensor],
+    loss: Loss[Model, Batch],
+    data: Iterable[Batch],
+    config: TrainConfig,
     *,
-    steps: int,
-    lr: float = 2e-3,
-    warmup: int = 100,
-    clip: float = 1.0,
-    decay: float = 0.999,
-    generator: torch.Generator | None = None,
-    checkpoint: Path | None = None,
-    every: int = 500,
+    folder: Path | None = None,
     tag: str = "",
+    callback: Callable[[Model, int], None] | None = None,
     progress: str | None = None,
 ) -> tuple[Model, list[float]]:
-    """Minimise `loss(model)`, a fresh draw at each call, and average the weights on the way.
+    """Minimise the mean of `loss` over batches, and average the weights on the way.
+
+    Under torchrun (within `mfm_ref.distributed.processes`) each process has its own data and noise, and the update
+    is that of one process on the joined batch; rank 0 writes the files.
 
     Args:
-        model: trained in place.
-        loss: `loss(model) -> ()`; draws its own batch, from `generator` alone if the run is to resume exactly.
-        steps: number of updates, >= 1.
-        lr: peak learning rate; rises linearly over `warmup` updates, then falls to 0 as a cosine.
-        warmup: number of updates of the rise.
-        clip: largest norm of the gradient.
-        decay: of the exponential average; the k-th update uses min(decay, (1+k)/(10+k)).
-        generator: the loss's source of randomness; its state is part of a checkpoint.
-        checkpoint: file that holds the run every `every` updates and at the end. If it exists, the run goes on
-            from there, to the same numbers as one that was never stopped.
-        every: updates between checkpoints.
-        tag: says which run a checkpoint belongs to (its settings, for instance).
+        model: trained in place, on the device where it is.
+        loss: `loss(model, batch, generator) -> ()`, or a dictionary of named terms `()` whose sum is minimised. All
+            its noise comes from the generator, seeded by config.seed and the rank. With config.compile this is None,
+            torch's own source, seeded alike: torch.compile cannot trace a generator.
+        data: endless batches of any type, on the model's device. If it has `state_dict` and `load_state_dict`
+            (`mfm_ref.data`), a resumed run goes on from the saved position, else it draws again and skips what the
+            run had seen.
+        config: the settings.
+        folder: of metrics.jsonl and checkpoints; nothing is written where None. If it holds a checkpoint, the run
+            goes on from the newest, on one CPU to the same numbers, bit for bit, as one that was never stopped.
+            SIGTERM then writes a checkpoint and ends the program with code 0.
+        tag: says which run a checkpoint belongs to, beyond the config.
+        callback: `callback(average, k)` after k updates, every config.sample_every, on rank 0; draws pictures, say.
         progress: label of a progress bar that shows the loss; none where None.
 
     Returns:
         the averaged model, in eval mode and without gradients, and the loss of each step.
 
     Raises:
-        ValueError: steps, warmup or every below one; a checkpoint of another run; or (with its step) a loss or
-            gradient that is not finite.
+        ValueError: data that end too early; a checkpoint that is damaged or of another run or model; with its step
+            and the last good checkpoint, a term of the loss or a gradient that is not finite.
+        OSError: a checkpoint that could not be written; the one before it is as it was.
     """
-    check_count(steps, "steps")
-    check_count(every, "every")
-    check_count(warmup, "warmup")
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: min(1.0, (k + 1) / warmup) * (1 + math.cos(math.pi * k / steps)) / 2
-    )
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    history: list[float] = []
-    if checkpoint is not None and checkpoint.exists():
-        history = _restore(checkpoint, parts, generator, tag)
-    bar = tqdm(range(len(history), steps), desc=progress, disable=progress is None, leave=False)
-    for k in bar:
-        current = loss(model)
-        check_finite(current, f"the loss at step {k}")
-        optimizer.zero_grad()
-        current.backward()
-        check_finite(nn.utils.clip_grad_norm_(model.parameters(), clip), f"the gradient's norm at step {k}")
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            keep = min(decay, (1 + k) / (10 + k))
-            for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(weight, 1 - keep)
-            for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
-                kept.copy_(buffer)  # running statistics are averages already
-        history.append(current.item())
-        if k % 50 == 0:
-            bar.set_postfix(loss=f"{history[-1]:.4f}")
-        if checkpoint is not None and ((k + 1) % every == 0 or k + 1 == steps):
-            _store(checkpoint, parts, generator, tag, history)
-    return average, history
+    rank, world = rank_and_world()
+    device = next(model.parameters()).device
+    identity = {"tag": tag, "world": world, "config": config.identity()}
+    store = None if folder is None else Checkpoints(folder, identity)
+    with ExitStack() as stack:
+        stack.enter_context(_random_kept(device))
+        stop = stack.enter_context(_terminated()) if store else threading.Event()
+        module: nn.Module = _LossModule(model, loss, PRECISIONS[config.precision])
+        if config.compile:
+            stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))  # it cannot split forward derivatives
+            module.compile(backend=config.compile)
+        if world > 1:
+            module = DistributedDataParallel(module, broadcast_buffers=False)  # gives all the weights of rank 0
+        run = Run(model, config, data, device, rank)
+        newest = store.newest() if store else None
+        if store and newest:
+            run.restore(store.load(newest, model, run.average))
+        log = RunLog(folder if rank == 0 else None, len(run.history), tensorboard=config.tensorboard)
+        stack.callback(log.close)
+        first, hidden = len(run.history), progress is None or rank > 0
+        bar = tqdm(total=config.steps, initial=first, desc=progress, disable=hidden, leave=False)
+        stack.enter_context(bar)
+        for k in range(first, config.steps):
+            began = time.perf_counter()
+            terms = _backward(module, run)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            numbers, stopped = _read(terms, norm, stop.is_set())
+            _check_finite(numbers, k, newest)
+            rate = run.update(model, math.fsum(numbers[name] for name in terms))
+            run.seconds += time.perf_counter() - began
+            if k % config.log_every == 0 or k + 1 == config.steps:
+                log.write({"step": k, **numbers, "loss": run.history[-1], "lr": rate, "seconds": run.seconds})
+                bar.set_postfix(loss=f"{run.history[-1]:.4f}")
+            bar.update()
+            if callback and rank == 0 and config.sample_every and (k + 1) % config.sample_every == 0 and not stopped:
+                with _random_kept(device):
+                    callback(run.average, k + 1)
+            if store and (stopped or (k + 1) % config.checkpoint_every == 0 or k + 1 == config.steps):
+                newest = run.save(store, model)
+            if stopped:
+                raise SystemExit(0)
+    return run.average, run.history
 
 
-def _store(
-    path: Path, parts: dict[str, Any], generator: torch.Generator | None, tag: str, history: list[float]
-) -> None:
-    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"tag": tag, "history": torch.tensor(history, dtype=torch.float64)}
-    if generator is not None:
-        state["generator"] = generator.get_state()
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+class _LossModule(nn.Module):
+    """The loss as a module: DistributedDataParallel and torch.compile then see one call a batch."""
+
+    def __init__(self, model: nn.Module, loss: Loss[Any, Any], precision: torch.dtype | None):
+        super().__init__()
+        self.model, self.loss, self.precision = model, loss, precision
+        self.device_type = next(model.parameters()).device.type
+
+    def forward(self, batch: Any, generator: torch.Generator | None) -> dict[str, Tensor]:
+        with torch.autocast(self.device_type, self.precision) if self.precision else nullcontext():
+            value = self.loss(self.model, batch, generator)
+        return value if isinstance(value, dict) else {"loss": value}
 
 
-def _restore(path: Path, parts: dict[str, Any], generator: torch.Generator | None, tag: str) -> list[float]:
-    state = torch.load(path, weights_only=True)
-    if state["tag"] != tag:
-        raise ValueError(
-            f"{path} belongs to a run with other settings; remove it or write elsewhere. "
-            f"It says {state['tag']!r}, this run is {tag!r}"
-        )
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    if generator is not None:
-        generator.set_state(state["generator"])
-    history: list[float] = state["history"].tolist()
-    return history
+def _backward(module: nn.Module, run: Run[Any, Any]) -> dict[str, Tensor]:
+    """Gradients of one update, the mean over its batches; returns the terms of the loss, likewise."""
+    run.optimizer.zero_grad()
+    means: dict[str, Tensor] = {}
+    n = run.config.accumulate
+    for part in range(1, n + 1):
+        waiting = isinstance(module, DistributedDataParallel) and part < n  # gradients are exchanged once, at the end
+        with module.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+            terms = module(run.next_batch(), run.noise)
+            _check_terms(terms)
+            (torch.stack(list(terms.values())).sum() / n).backward()
+        for name, term in terms.items():
+            means[name] = term.detach() / n + means.get(name, 0.0)
+    return means
+
+
+def _check_terms(terms: dict[str, Tensor]) -> None:
+    if not terms:
+        raise ValueError("a loss must have at least one term")
+    reserved = {"step", "gradient_norm", "lr", "seconds"} | ({"loss"} if len(terms) > 1 else set())
+    for name, term in terms.items():
+        if name in reserved or not isinstance(term, Tensor) or term.shape != ():
+            shape = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+            raise ValueError(
+                f"terms of a loss must be () and have names outside {sorted(reserved)}, got {name}: {shape}"
+            )
+
+
+def _read(terms: dict[str, Tensor], norm: Tensor, stop: bool) -> tuple[dict[str, float], bool]:
+    """The terms, the norm, and whether to stop, all at once, so that the device is waited for once a step.
+
+    With several processes these are means, so that all see the same numbers and stop together.
+    """
+    values = torch.stack([*terms.values(), norm, torch.tensor(float(stop), device=norm.device)])
+    *numbers, stopped = mean_over_processes(values).tolist()
+    return dict(zip([*terms, "gradient_norm"], numbers, strict=True)), stopped > 0
+
+
+def _check_finite(numbers: dict[str, float], k: int, newest: Path | None) -> None:
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            what = {"loss": "the loss", "gradient_norm": "the gradient's norm"}.get(
+                name, f"the term {name} of the loss"
+            )
+            raise ValueError(f"{what} at step {k} must be finite, got {value}; the last good checkpoint is {newest}")
+
+
+@contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the program; only a main thread can watch for it."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if stop.is_set():  # it came after the last step
+        raise SystemExit(0)
+
+
+def _random_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Puts torch's own random source back as it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -7,6 +7,7 @@ from torch import nn
 from mfm_ref import (
     MLP,
     FlowMap,
+    TrainConfig,
     denoiser_to_drift,
     denoiser_to_score,
     drift_to_denoiser,
@@ -102,7 +103,8 @@ def test_a_state_of_another_dtype_is_refused():
 
 def test_the_average_has_the_running_statistics_of_the_model():
     model = nn.BatchNorm1d(1)
-    average, _ = train(model, lambda m: m(5 + torch.randn(64, 1)).square().mean(), steps=200)
+    data = (5 + torch.randn(64, 1) for _ in range(200))
+    average, _ = train(model, lambda m, x, rng: m(x).square().mean(), data, TrainConfig(steps=200))
     assert average.running_mean.item() == pytest.approx(5, abs=0.3)
     assert not average.training
 

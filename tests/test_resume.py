@@ -1,10 +1,14 @@
-"""A run that is killed goes on from its last checkpoint to the same numbers, bit for bit."""
+"""A run that is killed goes on from its last checkpoint to the same numbers, bit for bit; damage is refused."""
 
+import itertools
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from mfm_ref import train
+from mfm_ref import MLP, FlowMap, RandomBatches, TensorBatches, TrainConfig, train
+from mfm_ref.checkpoints import Checkpoints
 
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -26,52 +33,192 @@ class KilledError(Exception):
     """Stands for the end of the process at one step."""
 
 
-def run(checkpoint, *, kill_at=None, tag="", steps=40):
-    torch.manual_seed(0)
-    rng, calls = torch.Generator().manual_seed(1), []
+def drawn():
+    return RandomBatches(lambda rng: torch.randn(16, 3, generator=rng), torch.Generator().manual_seed(1))
 
-    def loss(model):
+
+def shuffled():
+    rows = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    return TensorBatches(rows, rows, batch=16, seed=3)
+
+
+def plain():
+    """A Python generator: its position cannot be saved."""
+    rng = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(16, 3, generator=rng)
+
+
+def run(folder, *, at=None, happens=None, data=drawn, tag="", model=None, callback=None, **options):
+    """40 steps of a noisy regression; at call number `at` of the loss, `happens` is called, or the run is killed."""
+    torch.manual_seed(0)
+    model, calls = model or nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)), []
+
+    def loss(model, batch, rng):
         calls.append(len(calls))
-        if kill_at is not None and len(calls) > kill_at:
-            raise KilledError
-        x = torch.randn(16, 3, generator=rng)
+        if at is not None and len(calls) > at:
+            if happens is None:
+                raise KilledError
+            if len(calls) == at + 1:
+                happens()
+        x = batch[0] if isinstance(batch, tuple) else batch
+        x = x + 0.1 * torch.randn(x.shape, generator=rng)
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-    average, history = train(
-        nn.Linear(3, 1), loss, steps=steps, warmup=5, generator=rng, checkpoint=checkpoint, every=7, tag=tag
-    )
-    return average.weight, history, len(calls)
+    config = TrainConfig(**{"steps": 40, "warmup": 5, "checkpoint_every": 7, "log_every": 3, **options})
+    average, history = train(model, loss, data(), config, folder=folder, tag=tag, callback=callback)
+    return [*model.parameters(), *average.parameters()], history, len(calls)
 
 
-@pytest.mark.parametrize("kill_at", [3, 7, 20, 39])
-def test_resumes_to_the_same_weights(tmp_path, kill_at):
-    weight, history, _ = run(None)
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+
+
+def killed(folder, at=20, **options):
     with pytest.raises(KilledError):
-        run(tmp_path / "checkpoint.pt", kill_at=kill_at)
-    again, resumed, calls = run(tmp_path / "checkpoint.pt")
-    assert torch.equal(weight, again)
-    assert history == resumed
-    assert calls == 40 - kill_at // 7 * 7  # only what the last checkpoint had not yet seen
+        run(folder, at=at, **options)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    run(tmp_path / "checkpoint.pt", tag="lr=1")
-    with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path / "checkpoint.pt", tag="lr=2")
+def steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("step-*"))
+
+
+# ---- resuming --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [drawn, shuffled, plain])
+@pytest.mark.parametrize("at", [3, 7, 20, 39])
+def test_resumes_to_the_same_numbers(tmp_path, at, data):
+    whole = run(None, data=data)
+    killed(tmp_path, at, data=data)
+    again = run(tmp_path, data=data)
+    assert same(whole, again)
+    assert again[2] == 40 - at // 7 * 7  # only what the last checkpoint had not yet seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "radam", "weight_decay": 0.1, "schedule": "constant"},
+        {"optimizer": "adamw", "accumulate": 2},
+        {"precision": "bfloat16"},
+        {"compile": "aot_eager"},
+    ],
+)
+def test_resumes_whatever_the_settings(tmp_path, options):
+    whole = run(None, data=shuffled, **options)
+    killed(tmp_path, at=30, data=shuffled, **options)
+    assert same(whole, run(tmp_path, data=shuffled, **options))
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    whole = run(tmp_path)
+    again = run(tmp_path)
+    assert same(whole, again)
+    assert again[2] == 0
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    kept = []
+    run(tmp_path, sample_every=1, callback=lambda average, k: kept.append(steps(tmp_path)))
+    assert kept[30] == [21, 28]  # during step 31
+    assert max(map(len, kept)) == 2
+    assert steps(tmp_path) == [35, 40]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "step-00000035", "step-00000040"}
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
+    """What the killed run logged beyond its checkpoint is logged anew, the line that it was writing too."""
+    run(tmp_path / "whole")
+    killed(tmp_path / "killed", at=27)
+    path = tmp_path / "killed" / "metrics.jsonl"
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 24  # beyond the checkpoint of 21 updates
+    with path.open("a") as file:
+        file.write('{"step": 2')
+    run(tmp_path / "killed")
+    logged = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    seconds = [line.pop("seconds") for line in logged[1]]
+    assert seconds == sorted(seconds)
+    for line in logged[0]:
+        del line["seconds"]
+    assert logged[0] == logged[1]
+
+
+def test_what_a_run_reports_may_change_on_the_way(tmp_path):
+    whole = run(None)
+    killed(tmp_path)
+    assert same(whole, run(tmp_path, checkpoint_every=11, log_every=1))
+
+
+def test_weights_of_a_checkpoint_load_as_a_map(tmp_path):
+    """The last one, raw and averaged; the state is x₁ = 0 there, whatever it is."""
+    X = FlowMap(MLP(torch.zeros(3), torch.eye(3), hidden=8, depth=2))
+
+    def loss(X, batch, rng):
+        z = torch.randn(8, 3, generator=rng)
+        return X.velocity(0.2, 0.7, z, 0.5, z).sub(1).square().mean()
+
+    average, _ = train(X, loss, itertools.count(), TrainConfig(steps=5), folder=tmp_path)
+    for part, model in (("model", X), ("ema", average)):
+        loaded = FlowMap.from_pretrained(tmp_path / "step-00000005" / part)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert not torch.equal(X.network.outlet.bias, average.network.outlet.bias)
+
+
+# ---- the end of a process ---------------------------------------------------------------------------------
+
+
+def test_survives_sigkill_at_random_moments_and_within_writes(tmp_path):
+    """Ten random calls, ten within a checkpoint, ten times, in five runs: all end with the numbers of a whole one."""
+    command = [sys.executable, "-m", "tests.killed_run", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=True)
+    found = json.loads(result.stdout)
+    assert found["different"] == 0
+    assert found["killed"] >= 5 and found["killed_in_write"] >= 5  # runs that ended before their moment are not killed
+    assert found["left_half_written"] >= 3
+    assert found["left_at_the_end"] == 0  # the next write clears them away
+
+
+def test_sigterm_saves_and_exits_with_code_0(tmp_path):
+    whole, before = run(None), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, at=24, happens=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert steps(tmp_path) == [21, 25]
+    again = run(tmp_path)
+    assert same(whole, again)
+    assert again[2] == 15
+
+
+def test_sigterm_after_the_last_step_is_not_lost(tmp_path):
+    """Here it comes with the last picture, after the loop has looked for it."""
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, sample_every=40, callback=lambda average, k: os.kill(os.getpid(), signal.SIGTERM))
+    assert stopped.value.code == 0
+    assert steps(tmp_path) == [35, 40]
+
+
+def test_a_thread_trains_without_watching_for_sigterm(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert same(found[0], run(None))
 
 
 def test_toy_run_survives_sigkill(tmp_path):
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-
     def start(out):
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(out)], cwd=root, env=environment, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", SCRIPT, str(out)], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL
         )
 
     assert start(tmp_path / "whole").wait(timeout=120) == 0
     process, deadline = start(tmp_path / "killed"), time.monotonic() + 120
-    while not list((tmp_path / "killed" / "checkpoints").glob("map.pt")):  # the first stage has left a checkpoint
+    while not list((tmp_path / "killed" / "checkpoints").glob("map/step-*")):  # the first stage has left a checkpoint
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -85,3 +232,123 @@ def test_toy_run_survives_sigkill(tmp_path):
     assert reports[0] == reports[1]
     assert not (tmp_path / "killed" / "checkpoints").exists()  # a finished run leaves no checkpoint behind
     assert (tmp_path / "killed" / "mine.pt").exists()  # and touches no other file
+
+
+# ---- the disk ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """The limit on the size of a file stands for it: a write beyond fails in the middle, as on a full disk."""
+    whole = run(None)
+    killed(tmp_path, log_every=1000)
+    before = {path: path.read_bytes() for path in tmp_path.glob("step-*/**/*") if path.is_file()}
+    sizes = sorted(len(content) for content in before.values())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (300, sizes[len(sizes) // 2], sizes[-1] - 100):  # no weights fit; they do, but not the state
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(OSError, match=r"step-00000021 could not be written; the last good .*step-00000014"):
+                run(tmp_path, log_every=1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        after = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+        assert {path: after[path] for path in before} == before
+        assert set(after) - set(before) == {tmp_path / "metrics.jsonl"}
+    assert same(whole, run(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["run.json", "state.pt", "model/model.safetensors", "ema/model.safetensors"])
+@pytest.mark.parametrize("harm", ["truncated", "overwritten", "removed"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, part, harm):
+    """Each file cut to half, replaced by noise of the same size, or missing; the checkpoint before it still serves."""
+    whole = run(None)
+    killed(tmp_path)
+    path = tmp_path / "step-00000014" / part
+    content = path.read_bytes()
+    if harm == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "truncated" else os.urandom(len(content)))
+    with pytest.raises(ValueError, match=f"step-00000014.*{Path(part).name}"):
+        run(tmp_path)
+    (tmp_path / "step-00000014").rename(tmp_path / "damaged")
+    assert same(whole, run(tmp_path))
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    killed(tmp_path)
+    path = tmp_path / "step-00000014" / "run.json"
+    path.write_text('{"format": "something else"}')
+    with pytest.raises(ValueError, match="must be a checkpoint of the format 'mfm_ref checkpoint 1', got 'something"):
+        run(tmp_path)
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"run.json must hold a JSON object, got list"):
+        run(tmp_path)
+    path.write_text('{"format": "mfm_ref checkpoint 1"}')
+    with pytest.raises(ValueError, match=r"other settings"):
+        run(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    killed(tmp_path, tag="a")
+    with pytest.raises(ValueError, match=r"other settings.*: tag = 'a' there, 'b' here$"):
+        run(tmp_path, tag="b")
+    with pytest.raises(
+        ValueError, match=r"other settings.*: config.steps = 40 there, 50 here; config.clip = 1.0 there"
+    ):
+        run(tmp_path, tag="a", steps=50, clip=2.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(3, 1), "must fit the model: 0.bias is not in the model; 0.weight is not in.*and 2 more"),
+        (nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.5), nn.Linear(5, 1)), r"0.bias is \(4,\).*but \(5,\) of .* model"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).double(),
+            r"float32, but .* of torch.float64",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_fills_nothing(tmp_path, model, message):
+    killed(tmp_path)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, model=model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_state_that_is_not_ours_is_refused(tmp_path):
+    """Readable, and of the right size for what run.json says, but without what a run needs."""
+    store = Checkpoints(tmp_path, {"tag": "", "world": 1, "config": TrainConfig(steps=40).identity() | {"warmup": 5}})
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    store.save(7, model, model, {"optimizer": {}, "history": torch.zeros(7)})
+    with pytest.raises(ValueError, match=r"must have \['processes', 'schedule', 'seconds'\] too"):
+        run(tmp_path)
+
+
+def test_a_state_with_code_in_it_is_not_run(tmp_path):
+    """A checkpoint may come from elsewhere: unpickling it must not call anything."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    store = Checkpoints(tmp_path, {})
+    model = nn.Linear(1, 1)
+    path = store.save(1, model, model, {"optimizer": Evil()})
+    with pytest.raises(ValueError, match=r"state.pt cannot be read"):
+        store.load(path, model, model)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_that_is_not_finite_leaves_its_checkpoints(tmp_path):
+    calls = itertools.count()
+
+    def loss(model, batch, rng):
+        return model.weight.sum() * (math.nan if next(calls) == 9 else 1.0)
+
+    config = TrainConfig(steps=20, checkpoint_every=4)
+    with pytest.raises(ValueError, match=r"step 9 .*step-00000008"):
+        train(nn.Linear(1, 1), loss, itertools.count(), config, folder=tmp_path)
+    assert steps(tmp_path) == [4, 8]

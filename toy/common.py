@@ -41,9 +41,9 @@ def parse(config: type[Config], description: str, arguments: list[str] | None = 
     return config(**vars(parser.parse_args(arguments)))
 
 
-def resumable(config: ToyConfig, stage: str, rng: torch.Generator) -> dict[str, Any]:
+def resumable(config: ToyConfig, stage: str) -> dict[str, Any]:
     """Options of `mfm_ref.train` that let a killed stage go on from `out/checkpoints` with the same numbers."""
-    return {"generator": rng, "checkpoint": config.out / "checkpoints" / f"{stage}.pt", "tag": repr(config)}
+    return {"folder": config.out / "checkpoints" / stage, "tag": repr(config)}
 
 
 def remove_checkpoints(config: ToyConfig) -> None:
@@ -58,6 +58,11 @@ def start(config: ToyConfig) -> float:
     return time.perf_counter()
 
 
-def generator(config: ToyConfig, stream: int = 0) -> torch.Generator:
-    """The random numbers of one stage of a run, `stream`; stages do not depend on each other's."""
-    return torch.Generator(config.device).manual_seed(1000 * config.seed + stream)
+def stream_of(config: ToyConfig, stage: int) -> int:
+    """The seed of one stage of a run; stages do not depend on each other's numbers."""
+    return 1000 * config.seed + stage
+
+
+def generator(config: ToyConfig, stage: int = 0) -> torch.Generator:
+    """The random numbers of one stage of a run."""
+    return torch.Generator(config.device).manual_seed(stream_of(config, stage))

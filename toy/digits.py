@@ -24,6 +24,8 @@ from tqdm import tqdm
 from mfm_ref import (
     MLP,
     FlowMap,
+    RandomBatches,
+    TrainConfig,
     denoiser,
     dps_drift,
     finetune_loss,
@@ -41,7 +43,7 @@ from mfm_ref.checks import Reward
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json, save_weights
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start
+from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start, stream_of
 
 CLASS_WEIGHTS = torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10
 TIMES = (0.1, 0.3, 0.5, 0.7)
@@ -118,17 +120,17 @@ def load_digits(config: DigitsConfig) -> tuple[Digits, Digits]:
 
 def train_classifier(config: DigitsConfig, data: Digits) -> nn.Module:
     """p(y|x), as log-probabilities: images `(B, 64)` to `(B, 10)`."""
-    rng = generator(config, 1)
+    batches = RandomBatches(lambda rng: data.sample(128, rng), generator(config, 1))
     layers = (nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 10), nn.LogSoftmax(-1))
 
-    def loss(model: nn.Module) -> Tensor:
-        images, classes = data.sample(128, rng)
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
+        images, classes = batch
         images = images + 0.2 * torch.randn(images.shape, generator=rng, device=images.device)  # to keep it smooth
         return nn.functional.nll_loss(model(images), classes)
 
     model = nn.Sequential(*layers).to(config.device)
-    resume = resumable(config, "classifier", rng)
-    return train(model, loss, steps=config.classifier_steps, progress="train the classifier", **resume)[0]
+    settings = TrainConfig(steps=config.classifier_steps, seed=stream_of(config, 1))
+    return train(model, loss, batches, settings, progress="train the classifier", **resumable(config, "classifier"))[0]
 
 
 def train_judge(data: Digits) -> Classify:
@@ -156,17 +158,16 @@ def class_mixture_reward(classifier: nn.Module) -> Reward:
 
 def train_map(config: DigitsConfig, data: Digits) -> FlowMap:
     """E13 + E14 from images alone."""
-    rng = generator(config, 2)
+    batches = RandomBatches(lambda rng: data.sample(config.batch, rng)[0], generator(config, 2))
     mean, cov = data.gaussian()
     variance = float(cov.diagonal().mean())
     X = FlowMap(MLP(mean, cov, hidden=config.hidden, depth=3, normalise=True)).to(config.device)
 
-    def loss(X: FlowMap) -> Tensor:
-        x1, _ = data.sample(config.batch, rng)
+    def loss(X: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         return meta_flow_map_loss(X, x1, data_var=variance, p=0.2, generator=rng)
 
-    resume = resumable(config, "map", rng)
-    return train(X, loss, steps=config.train_steps, lr=config.lr, progress="train the map", **resume)[0]
+    settings = TrainConfig(steps=config.train_steps, lr=config.lr, seed=stream_of(config, 2))
+    return train(X, loss, batches, settings, progress="train the map", **resumable(config, "map"))[0]
 
 
 @torch.no_grad()
@@ -256,12 +257,11 @@ def finetune(config: DigitsConfig, X: FlowMap, data: Digits, reward: Reward) -> 
 
     The targets use Stein's identity (E17): here those through the gradient of the reward vary more.
     """
-    rng = generator(config, 6)
+    batches = RandomBatches(lambda rng: data.sample(config.finetune_batch, rng)[0], generator(config, 6))
     with torch.no_grad():
         log_scale = float(log_mean_exp(reward(data.images)))
 
-    def loss(student: FlowMap) -> Tensor:
-        x1, _ = data.sample(config.finetune_batch, rng)
+    def loss(student: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         t = 0.98 * torch.rand(len(x1), generator=rng, device=x1.device)
         x = interpolate(noise_like(X, len(x1), generator=rng), x1, t)
         n = config.finetune_draws
@@ -270,8 +270,8 @@ def finetune(config: DigitsConfig, X: FlowMap, data: Digits, reward: Reward) -> 
         )
 
     student = copy.deepcopy(X).requires_grad_()
-    resume = resumable(config, "student", rng)
-    return train(student, loss, steps=config.finetune_steps, lr=1e-3, clip=10.0, progress="fine-tune", **resume)[0]
+    settings = TrainConfig(steps=config.finetune_steps, lr=1e-3, clip=10.0, seed=stream_of(config, 6))
+    return train(student, loss, batches, settings, progress="fine-tune", **resumable(config, "student"))[0]
 
 
 def count_classes(x: Tensor, classifiers: dict[str, Classify]) -> dict[str, Any]:

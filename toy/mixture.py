@@ -20,6 +20,8 @@ from mfm_ref import (
     FlowMap,
     GaussianLikelihood,
     GaussianMixture,
+    RandomBatches,
+    TrainConfig,
     dps_drift,
     finetune_loss,
     integrate,
@@ -34,7 +36,7 @@ from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json, save_weights
 from mfm_ref.interpolant import Drift
 from mfm_ref.sampling import noise_like, time_grid
-from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start
+from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start, stream_of
 
 TIMES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 
@@ -74,17 +76,15 @@ def paper_mixture(device: str = "cpu") -> tuple[GaussianMixture, GaussianLikelih
 
 def train_map(config: MixtureConfig, p1: GaussianMixture) -> FlowMap:
     """E13 + E14 with the exact drift as the teacher."""
-    rng = generator(config, 1)
     variance = float(p1.cov.diagonal().mean())
+    data = RandomBatches(lambda rng: p1.sample(config.batch, generator=rng), generator(config, 1))
 
-    def loss(X: FlowMap) -> Tensor:
-        x1 = p1.sample(config.batch, generator=rng)
+    def loss(X: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         return meta_flow_map_loss(X, x1, drift=p1.drift, data_var=variance, step=0.15, generator=rng)
 
     X = FlowMap(MLP(p1.mean, p1.cov)).to(config.device)
-    return train(
-        X, loss, steps=config.train_steps, lr=config.lr, progress="train the map", **resumable(config, "map", rng)
-    )[0]
+    settings = TrainConfig(steps=config.train_steps, lr=config.lr, seed=stream_of(config, 1))
+    return train(X, loss, data, settings, progress="train the map", **resumable(config, "map"))[0]
 
 
 @torch.no_grad()
@@ -149,11 +149,10 @@ def finetune(
     config: MixtureConfig, X: FlowMap, p1: GaussianMixture, reward: GaussianLikelihood, method: str
 ) -> FlowMap:
     """E18: the student starts as the base; states come from the base's own path, times from U(0, 0.98)."""
-    rng = generator(config, 5)
     log_scale = float(p1.log_partition(reward))
+    data = RandomBatches(lambda rng: p1.sample(config.finetune_batch, generator=rng), generator(config, 5))
 
-    def loss(student: FlowMap) -> Tensor:
-        x1 = p1.sample(config.finetune_batch, generator=rng)
+    def loss(student: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         t = 0.98 * torch.rand(len(x1), generator=rng, device=x1.device)
         x = interpolate(noise_like(X, len(x1), generator=rng), x1, t)
         n = config.finetune_draws
@@ -162,9 +161,9 @@ def finetune(
         )
 
     student = copy.deepcopy(X).requires_grad_()
-    label = f"fine-tune: {method}"
-    resume = resumable(config, f"student-{method}", rng)
-    return train(student, loss, steps=config.finetune_steps, clip=10.0, progress=label, **resume)[0]
+    settings = TrainConfig(steps=config.finetune_steps, clip=10.0, seed=stream_of(config, 5))
+    resume = resumable(config, f"student-{method}")
+    return train(student, loss, data, settings, progress=f"fine-tune: {method}", **resume)[0]
 
 
 @torch.no_grad()

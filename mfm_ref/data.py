@@ -1,0 +1,118 @@
+"""Endless batches whose position can be saved, so that a resumed run sees the data that an unbroken one sees."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_ref.checks import check_count
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Data that know their position; what torch.load(weights_only=True) reads is allowed in it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+def stream_seed(*numbers: int) -> int:
+    """One seed from several integers >= 0, such as (seed, rank): other numbers give an unrelated stream."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])  # (0,) is not (0, 0)
+
+
+class RandomBatches(Generic[Batch]):
+    """`draw(generator)` again and again: data drawn from a law, or with replacement.
+
+    Args:
+        draw: makes one batch from the generator alone.
+        generator: the source of randomness; each process needs one with a seed of its own (`stream_seed`).
+    """
+
+    def __init__(self, draw: Callable[[torch.Generator], Batch], generator: torch.Generator):
+        self.draw, self.generator = draw, generator
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from here on."""
+        return self
+
+    def __next__(self) -> Batch:
+        """One batch."""
+        return self.draw(self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.generator.set_state(state_dict["generator"])
+
+
+class TensorBatches:
+    """Rows of tensors in shuffled epochs; each batch is a tuple, one tensor `(batch, ...)` for each of `tensors`.
+
+    The order of an epoch depends on the seed and the epoch alone. Of each joint batch of world · batch rows,
+    process `rank` gets its own part; rows at the end of an epoch that fill no joint batch wait for another epoch.
+
+    Args:
+        tensors: `(n, ...)` each, with one n.
+        batch: rows in a batch of one process, >= 1.
+        seed: of the order, >= 0.
+        rank, world: this process and the number of processes.
+
+    Raises:
+        ValueError: no tensors, tensors of unequal length, fewer rows than a joint batch, numbers out of range.
+    """
+
+    def __init__(self, *tensors: Tensor, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
+        check_count(batch, "batch")
+        check_count(seed, "seed", 0)
+        check_count(world, "world")
+        check_count(rank, "rank", 0)
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"tensors must have one length, got {sorted(lengths)}")
+        if rank >= world:
+            raise ValueError(f"rank must be below world, got {rank} and {world}")
+        self.rows = lengths.pop()
+        if self.rows < batch * world:
+            raise ValueError(f"{world} batches of {batch} need {batch * world} rows at least, got {self.rows}")
+        self.tensors, self.batch, self.seed, self.rank, self.world = tensors, batch, seed, rank, world
+        self.epoch, self.position = 0, 0
+        self._order = self._shuffled()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches from here on."""
+        return self
+
+    def __next__(self) -> tuple[Tensor, ...]:
+        """One batch."""
+        if (self.position + 1) * self.batch * self.world > self.rows:
+            self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
+        first = (self.position * self.world + self.rank) * self.batch
+        self.position += 1
+        rows = self._order[first : first + self.batch]
+        return tuple(tensor[rows.to(tensor.device)] for tensor in self.tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and the number of batches drawn from it."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a position."""
+        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> Tensor:
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, self.epoch))
+        return torch.randperm(self.rows, generator=generator)

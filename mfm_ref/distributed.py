@@ -1,0 +1,69 @@
+"""One process or many: `torchrun --nproc-per-node N script.py` starts them, `processes` makes them a group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Process(NamedTuple):
+    """This process among those of the run."""
+
+    rank: int  # 0 … world − 1; 0 writes the files
+    world: int  # number of processes
+    device: torch.device  # where this one computes
+
+
+@contextmanager
+def processes(device: str = "cpu") -> Iterator[Process]:
+    """The group of the processes that torchrun started (nccl on cuda, gloo elsewhere); without torchrun, this one."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Process(0, 1, torch.device(device))
+        return
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Process(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of processes) of the group, (0, 1) without one.
+
+    Raises:
+        ValueError: under torchrun without a group: each process would be a run of its own, in the same folder.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, which must form a group first: "
+            "with mfm_ref.distributed.processes(device): ..."
+        )
+    return 0, 1
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, the same in each."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
+def gather(item: Any) -> list[Any]:
+    """The item of every process, in the order of their ranks, in every process."""
+    items: list[Any] = [item]
+    if rank_and_world()[1] > 1:
+        items = [None] * dist.get_world_size()
+        dist.all_gather_object(items, item)
+    return items

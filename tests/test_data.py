@@ -1,0 +1,92 @@
+"""Endless batches: what an epoch holds, what each process gets, and going back to a position."""
+
+import itertools
+
+import pytest
+import torch
+
+from mfm_ref import RandomBatches, TensorBatches
+from mfm_ref.data import Resumable, stream_seed
+
+
+def first(data, n):
+    return list(itertools.islice(data, n))
+
+
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
+    rows = torch.arange(12)
+    data = TensorBatches(rows, rows**2, batch=4, seed=1)
+    epochs = [first(data, 3) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(torch.cat([x for x, _ in epoch]).tolist()) == list(range(12))
+        assert all(torch.equal(square, x**2) for x, square in epoch)
+    orders = [torch.cat([x for x, _ in epoch]).tolist() for epoch in epochs]
+    assert len({tuple(order) for order in [*orders, list(range(12))]}) == 4
+    other = torch.cat([x for x, _ in first(TensorBatches(rows, rows, batch=4, seed=2), 3)])
+    assert other.tolist() != orders[0]
+
+
+def test_rows_that_fill_no_batch_wait_for_another_epoch():
+    data = TensorBatches(torch.arange(11), batch=4)
+    counts = torch.bincount(torch.cat([x for (x,) in first(data, 2 * 200)]), minlength=11)
+    assert counts.sum() == 8 * 200
+    assert int(counts.min()) > 0.5 * 8 * 200 / 11  # no row is always left out: it has 8/11 of a chance an epoch
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_batches_of_one(world):
+    """Rank by rank, their parts are the rows of one process with the joint batch, in order."""
+    rows = torch.arange(50)
+    joint = first(TensorBatches(rows, batch=4 * world, seed=5), 20)
+    parts = [first(TensorBatches(rows, batch=4, seed=5, rank=r, world=world), 20) for r in range(world)]
+    for k, (whole,) in enumerate(joint):
+        assert torch.equal(torch.cat([part[k][0] for part in parts]), whole)
+
+
+@pytest.mark.parametrize("n", [0, 2, 3, 7])
+def test_a_position_is_gone_back_to(n):
+    """Within an epoch of three batches, at its end, and later."""
+
+    def makers():
+        yield lambda: TensorBatches(torch.arange(13.0), batch=4, seed=3)
+        yield lambda: RandomBatches(lambda g: (torch.rand(4, generator=g),), torch.Generator().manual_seed(0))
+
+    for make in makers():
+        data = make()
+        assert isinstance(data, Resumable)
+        first(data, n)
+        state = data.state_dict()
+        rest = first(data, 8)
+        again = make()
+        again.load_state_dict(state)
+        assert all(torch.equal(a, b) for (a,), (b,) in zip(rest, first(again, 8), strict=True))
+
+
+def test_streams_are_apart():
+    """Neighbouring numbers, their order and their count all matter; standard normal draws do not correlate."""
+    keys = [(0, 0), (0, 1), (1, 0), (0,), (0, 0, 1), (1, 1), (2**40, 0)]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)
+    draws = torch.stack([torch.randn(10_000, generator=torch.Generator().manual_seed(stream_seed(*k))) for k in keys])
+    correlation = torch.corrcoef(draws) - torch.eye(len(keys))
+    assert float(correlation.abs().max()) < 0.05  # five standard errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be an integer >= 1"),
+        ({"batch": 2, "seed": -1}, "seed must be an integer >= 0"),
+        ({"batch": 2, "rank": 2, "world": 2}, "rank must be below world, got 2 and 2"),
+        ({"batch": 4, "world": 3}, "3 batches of 4 need 12 rows at least, got 10"),
+    ],
+)
+def test_tensor_batches_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        TensorBatches(torch.zeros(10), **options)
+
+
+def test_tensor_batches_refuse_unequal_lengths():
+    with pytest.raises(ValueError, match=r"must have one length, got \[3, 4\]"):
+        TensorBatches(torch.zeros(3), torch.zeros(4), batch=1)
+    with pytest.raises(ValueError, match=r"must have one length, got \[\]"):
+        TensorBatches(batch=1)
