@@ -8,7 +8,7 @@ false alarm in some 5,000 changes of the seeds. The seeds are fixed, so a test t
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_ref import ExactFlowMap, GaussianMixture
 from tests.strategies import random_mixture
@@ -95,3 +95,41 @@ class ReadsX(ExactFlowMap):
     def velocity(self, s, u, z, t, x, y=None):
         t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
         return ExactFlowMap.velocity_from_tx(self, s, u, z, t, t.unsqueeze(-1) * x, y)
+
+
+class Bent(nn.Module):
+    """A map with one parameter, nonlinear in it and in the state, for derivatives by finite differences."""
+
+    shape, reads_tx = (2,), True
+
+    def __init__(self, theta: float):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
+
+    def velocity(self, s, u, z, t, context, y=None):
+        angle = self.theta * (1 + s + 2 * u).unsqueeze(-1)
+        return torch.sin(angle * z) + self.theta**2 * context
+
+
+def oracle_of(p1):
+    X = ExactFlowMap(p1)
+    return lambda s, u, z, t, x: X(s[:, 0], u[:, 0], z, t[:, 0], x)
+
+
+def wrong_maps(p1) -> dict[str, tuple[MapOf, bool]]:
+    """Maps that are not the oracle, each with whether it obeys the semigroup law nevertheless."""
+    X, other = oracle_of(p1), oracle_of(p1._from_eigen(p1.log_weights, 1.2 * p1.means, p1.basis, p1.eigenvalues))
+    exact = ExactFlowMap(p1)
+
+    def euler(s, u, z, t, x, y):  # one step with the velocity at s: right on the diagonal
+        return z + (u - s) * exact.velocity(s[:, 0], s[:, 0], z, t[:, 0], x)
+
+    maps = {
+        "Euler": (euler, False),
+        "mean only": (lambda s, u, z, t, x, y: z + (u - s) * (p1.denoiser(t[:, 0], x) - z), False),
+        "time reversed": (lambda s, u, z, t, x, y: X(1 - u, 1 - s, z, t, x), False),
+        "another law's": (lambda s, u, z, t, x, y: other(s, u, z, t, x), True),
+        "without the context": (lambda s, u, z, t, x, y: X(s, u, z, 0 * t, x), True),
+        "identity": (lambda s, u, z, t, x, y: z, True),
+    }
+    return {name: (MapOf(function, (p1.dim,)), lawful) for name, (function, lawful) in maps.items()}
