@@ -11,7 +11,7 @@ def test_fast_run_writes_everything_and_repeats_itself(tmp_path):
     first = main(MixtureConfig(out=tmp_path / "first", fast=True))
     second = main(MixtureConfig(out=tmp_path / "second", fast=True))
     files = {path.name for path in (tmp_path / "first").iterdir()}
-    assert files == {"map.safetensors", "student.safetensors", "posteriors.png", "steering.png", "report.json"}
+    assert files == {"map", "student", "posteriors.png", "steering.png", "report.json"}
     report = json.loads((tmp_path / "first" / "report.json").read_text())
     assert report == first
     assert list(report["posterior_ratio"]) == [str(t) for t in TIMES]

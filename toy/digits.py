@@ -5,7 +5,7 @@
 The reward is the paper's for MNIST: r(x) = log Σ_i w_i p(y_i|x), a mixture of classes in the eyes of a small
 classifier, under which p* ∝ p₁ e^r has the class frequencies w when p₁ has all classes equally often. Images that
 the map and the classifier never saw check both, and train a second classifier, the judge, which the reward does
-not know. Writes posteriors.png, steering.png, the weights and report.json.
+not know. Writes posteriors.png, steering.png, map/, student/ and report.json.
 """
 
 import copy
@@ -41,7 +41,7 @@ from mfm_ref import (
 from mfm_ref.alignment import log_mean_exp
 from mfm_ref.checks import Reward
 from mfm_ref.figures import COLOURS, new_figure, save_figure
-from mfm_ref.files import save_json, save_weights
+from mfm_ref.files import save_json
 from mfm_ref.sampling import noise_like, time_grid
 from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start, stream_of
 
@@ -312,7 +312,7 @@ def main(config: DigitsConfig) -> dict[str, Any]:
     accuracy = {"classifier": accuracy_of(classifiers["classifier"], held_out), "judge": accuracy_of(judge, data)}
     lap("classifiers")
     X = train_map(config, data)
-    save_weights(X, config.out / "map.safetensors")
+    X.save_pretrained(config.out / "map")
     lap("map")
     posteriors = check_posteriors(config, X, held_out, judge)
     unconditional = check_samples(config, X, data, held_out)
@@ -321,7 +321,7 @@ def main(config: DigitsConfig) -> dict[str, Any]:
     lap("steering")
     noise = noise_like(X, config.set_size, generator=generator(config, 7))
     student = finetune(config, X, data, reward)
-    save_weights(student, config.out / "student.safetensors")
+    student.save_pretrained(config.out / "student")
     with torch.no_grad():
         samples["fine-tuned"] = integrate(student.drift, noise, time_grid(config.steering_steps))
     lap("finetuning")

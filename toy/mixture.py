@@ -2,7 +2,7 @@
 
     python -m toy.mixture --out runs/mixture
 
-Writes posteriors.png, steering.png, the weights and report.json.
+Writes posteriors.png, steering.png, map/, student/ and report.json.
 """
 
 import copy
@@ -33,7 +33,7 @@ from mfm_ref import (
     train,
 )
 from mfm_ref.figures import COLOURS, new_figure, save_figure
-from mfm_ref.files import save_json, save_weights
+from mfm_ref.files import save_json
 from mfm_ref.interpolant import Drift
 from mfm_ref.sampling import noise_like, time_grid
 from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start, stream_of
@@ -184,14 +184,14 @@ def main(config: MixtureConfig) -> dict[str, Any]:
     began = start(config)
     p1, reward = paper_mixture(config.device)
     X = train_map(config, p1)
-    save_weights(X, config.out / "map.safetensors")
+    X.save_pretrained(config.out / "map")
     ratio = posterior_ratio(config, X, p1)
 
     target = p1.tilt(reward)
     law = TiltedLaw(config, target)
     samples = steered_samples(config, X, p1, reward)
     students = {method: finetune(config, X, p1, reward, method) for method in ("gradient", "stein")}
-    save_weights(students["gradient"], config.out / "student.safetensors")
+    students["gradient"].save_pretrained(config.out / "student")
     errors = {method: relative_error(config, student.drift, target) for method, student in students.items()}
     with torch.no_grad():
         noise = noise_like(X, config.set_size * config.steered_sets, generator=generator(config, 7))
