@@ -7,6 +7,7 @@ step-00000500/run.json  which run it belongs to, and the size of each file
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
             remove_folder(old)
         for left in self.folder.glob(".*.step-*"):  # by processes that died
-            remove_folder(left)
+            shutil.rmtree(left, ignore_errors=True)
         return path
 
     def load(self, path: Path, model: nn.Module, average: nn.Module) -> dict[str, Any]:
@@ -86,7 +87,8 @@ class Checkpoints:
         try:
             state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load fails in many ways, none of which names the file
-            raise ValueError(f"the checkpoint {path} is damaged: state.pt cannot be read: {error}") from error
+            fault = type(error).__name__
+            raise ValueError(f"the checkpoint {path} is damaged: state.pt cannot be read ({fault})") from error
         fill_weights(model, weights["model"], path / "model" / WEIGHTS)
         fill_weights(average, weights["ema"], path / "ema" / WEIGHTS)
         return state

@@ -1,5 +1,7 @@
 """Endless batches whose position can be saved, so that a resumed run sees the data that an unbroken one sees."""
 
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -23,6 +25,23 @@ class Resumable(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a position."""
         ...
+
+
+def check_position(position: dict[str, Any]) -> None:
+    """Refuse a position that a checkpoint would hold and not give back.
+
+    Raises:
+        ValueError: it holds more than tensors, numbers, strings and containers of them.
+    """
+    file = io.BytesIO()
+    torch.save(position, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"state_dict() of the data must hold tensors and plain values alone, got {position}"
+        ) from error
 
 
 def stream_seed(*numbers: int) -> int:

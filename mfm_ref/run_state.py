@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mfm_ref.checkpoints import Checkpoints
 from mfm_ref.checks import check_count
-from mfm_ref.data import Resumable, stream_seed
+from mfm_ref.data import Resumable, check_position, stream_seed
 from mfm_ref.distributed import gather
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,15 +96,14 @@ class Run(Generic[Model, Batch]):
         self.average = cast(Model, self.averaging.module)
         self.history: list[float] = []
         self.seconds = 0.0
-        self.batches: Iterator[Batch] | None = None
+        if isinstance(data, Resumable):
+            check_position(data.state_dict())
+        self.batches: Iterator[Batch] | None = None if isinstance(data, Resumable) else iter(data)
 
     def next_batch(self) -> Batch:
-        """One batch; the first of a resumed run follows the last that the run had seen."""
-        if self.batches is None:
+        """One batch."""
+        if self.batches is None:  # not before a position is restored
             self.batches = iter(self.data)
-            if not isinstance(self.data, Resumable):
-                for _ in range(len(self.history) * self.config.accumulate):
-                    next(self.batches)
         try:
             return next(self.batches)
         except StopIteration:
@@ -148,12 +147,15 @@ class Run(Generic[Model, Batch]):
         self.history, self.seconds = state["history"].tolist(), state["seconds"]
         self.averaging.n_averaged.fill_(1 + len(self.history))
         own = state["processes"][self.rank]
-        self.generator.set_state(own["generator"])
+        if isinstance(self.data, Resumable):
+            self.data.load_state_dict(own["data"])
+        else:
+            for _ in range(len(self.history) * self.config.accumulate):
+                self.next_batch()
+        self.generator.set_state(own["generator"])  # after the batches, which may draw from torch's own source
         torch.set_rng_state(own["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.device)
-        if isinstance(self.data, Resumable):
-            self.data.load_state_dict(own["data"])
 
 
 def _average_of(model: nn.Module, decay: float) -> AveragedModel:

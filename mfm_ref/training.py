@@ -48,12 +48,12 @@ def train(
             its noise comes from the generator, seeded by config.seed and the rank. With config.compile this is None,
             torch's own source, seeded alike: torch.compile cannot trace a generator.
         data: endless batches of any type, on the model's device. If it has `state_dict` and `load_state_dict`
-            (`mfm_ref.data`), a resumed run goes on from the saved position, else it draws again and skips what the
-            run had seen.
+            (`mfm_ref.data`), a resumed run goes on from the saved position, else it begins anew and skips what the
+            run had seen: the caller passes the same data again, from their start.
         config: the settings.
-        folder: of metrics.jsonl and checkpoints; nothing is written where None. If it holds a checkpoint, the run
-            goes on from the newest, on one CPU to the same numbers, bit for bit, as one that was never stopped.
-            SIGTERM then writes a checkpoint and ends the program with code 0.
+        folder: of metrics.jsonl and checkpoints, seen by all processes; None to write nothing. If it holds a
+            checkpoint, the run goes on from the newest, on one CPU to the same numbers, bit for bit, as one that was
+            never stopped. SIGTERM then writes a checkpoint and ends the program with code 0.
         tag: says which run a checkpoint belongs to, beyond the config.
         callback: `callback(average, k)` after k updates, every config.sample_every, on rank 0; draws pictures, say.
         progress: label of a progress bar that shows the loss; none where None.
@@ -62,10 +62,15 @@ def train(
         the averaged model, in eval mode and without gradients, and the loss of each step.
 
     Raises:
-        ValueError: data that end too early; a checkpoint that is damaged or of another run or model; with its step
-            and the last good checkpoint, a term of the loss or a gradient that is not finite.
+        ValueError: a callback without config.sample_every, or TensorBoard without a folder; data that end too early;
+            a checkpoint that is damaged or of another run or model; with its step and the last good checkpoint, a
+            term of the loss or a gradient that is not finite.
         OSError: a checkpoint that could not be written; the one before it is as it was.
     """
+    if config.tensorboard and folder is None:
+        raise ValueError("tensorboard needs a folder")
+    if callback is not None and not config.sample_every:
+        raise ValueError("a callback needs sample_every >= 1 in the config, got 0")
     rank, world = rank_and_world()
     device = next(model.parameters()).device
     identity = {"tag": tag, "world": world, "config": config.identity()}
@@ -100,7 +105,7 @@ def train(
                 log.write({"step": k, **numbers, "loss": run.history[-1], "lr": rate, "seconds": run.seconds})
                 bar.set_postfix(loss=f"{run.history[-1]:.4f}")
             bar.update()
-            if callback and rank == 0 and config.sample_every and (k + 1) % config.sample_every == 0 and not stopped:
+            if callback and rank == 0 and (k + 1) % config.sample_every == 0 and not stopped:
                 with _random_kept(device):
                     callback(run.average, k + 1)
             if store and (stopped or (k + 1) % config.checkpoint_every == 0 or k + 1 == config.steps):

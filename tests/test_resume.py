@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from mfm_ref import MLP, FlowMap, RandomBatches, TensorBatches, TrainConfig, train
 from mfm_ref.checkpoints import Checkpoints
@@ -49,6 +50,12 @@ def plain():
         yield torch.randn(16, 3, generator=rng)
 
 
+def loader():
+    """Its order comes from torch's own source, when it begins."""
+    rows = TensorDataset(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)))
+    return DataLoader(rows, batch_size=16, sampler=RandomSampler(rows, replacement=True, num_samples=640))
+
+
 def run(folder, *, at=None, happens=None, data=drawn, tag="", model=None, callback=None, **options):
     """40 steps of a noisy regression; at call number `at` of the loss, `happens` is called, or the run is killed."""
     torch.manual_seed(0)
@@ -61,7 +68,7 @@ def run(folder, *, at=None, happens=None, data=drawn, tag="", model=None, callba
                 raise KilledError
             if len(calls) == at + 1:
                 happens()
-        x = batch[0] if isinstance(batch, tuple) else batch
+        x = batch if isinstance(batch, torch.Tensor) else batch[0]
         x = x + 0.1 * torch.randn(x.shape, generator=rng)
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
@@ -86,7 +93,7 @@ def steps(folder):
 # ---- resuming --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [drawn, shuffled, plain])
+@pytest.mark.parametrize("data", [drawn, shuffled, plain, loader])
 @pytest.mark.parametrize("at", [3, 7, 20, 39])
 def test_resumes_to_the_same_numbers(tmp_path, at, data):
     whole = run(None, data=data)
@@ -172,12 +179,12 @@ def test_weights_of_a_checkpoint_load_as_a_map(tmp_path):
 
 
 def test_survives_sigkill_at_random_moments_and_within_writes(tmp_path):
-    """Ten random calls, ten within a checkpoint, ten times, in five runs: all end with the numbers of a whole one."""
+    """At eight random calls, eight within a checkpoint and eight times, in four runs: all end as a whole one does."""
     command = [sys.executable, "-m", "tests.killed_run", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=True)
     found = json.loads(result.stdout)
     assert found["different"] == 0
-    assert found["killed"] >= 5 and found["killed_in_write"] >= 5  # runs that ended before their moment are not killed
+    assert found["killed"] >= 4 and found["killed_in_write"] >= 4  # runs that ended before their moment are not killed
     assert found["left_half_written"] >= 3
     assert found["left_at_the_end"] == 0  # the next write clears them away
 
@@ -325,6 +332,15 @@ def test_a_state_that_is_not_ours_is_refused(tmp_path):
     store.save(7, model, model, {"optimizer": {}, "history": torch.zeros(7)})
     with pytest.raises(ValueError, match=r"must have \['processes', 'schedule', 'seconds'\] too"):
         run(tmp_path)
+
+
+def test_data_whose_position_could_not_be_read_back_are_refused_at_the_start(tmp_path):
+    class Fancy(TensorBatches):
+        def state_dict(self):
+            return {"path": Path("x")}
+
+    with pytest.raises(ValueError, match=r"must hold tensors and plain values alone, got .*Path"):
+        run(tmp_path, data=lambda: Fancy(torch.zeros(50, 3), batch=16))
 
 
 def test_a_state_with_code_in_it_is_not_run(tmp_path):

@@ -375,6 +375,13 @@ def test_pictures_are_drawn_from_the_average_and_disturb_nothing():
     assert calls[0][2] != calls[1][2]
 
 
+def test_what_would_silently_not_happen_is_refused():
+    with pytest.raises(ValueError, match="a callback needs sample_every >= 1 in the config, got 0"):
+        train(Scalar(), noisy, itertools.count(), TrainConfig(steps=1), callback=print)
+    with pytest.raises(ValueError, match="tensorboard needs a folder"):
+        train(Scalar(), noisy, itertools.count(), TrainConfig(steps=1, tensorboard=True))
+
+
 def test_tensorboard_gets_the_numbers_of_the_metrics_file(tmp_path, monkeypatch):
     events = []
 
