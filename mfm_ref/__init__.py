@@ -8,7 +8,7 @@ from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, steer, 
 from mfm_ref.data import RandomBatches, TensorBatches
 from mfm_ref.exact import ExactFlowMap
 from mfm_ref.finetuning import finetune_loss
-from mfm_ref.flow_map import FlowMap, MetaFlowMap, Network
+from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap, Network
 from mfm_ref.interpolant import (
     coupled_interpolants,
     denoiser_to_drift,
@@ -24,7 +24,21 @@ from mfm_ref.interpolant import (
 from mfm_ref.metrics import mmd, sliced_wasserstein
 from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
-from mfm_ref.objectives import adaptive_weight, diagonal_loss, meta_flow_map_loss, semigroup_loss
+from mfm_ref.objectives import (
+    adaptive_weight,
+    diagonal_loss,
+    eulerian_loss,
+    eulerian_target,
+    guided_target,
+    lagrangian_loss,
+    lagrangian_target,
+    mean_flow_loss,
+    mean_flow_target,
+    semigroup_loss,
+    semigroup_target,
+    velocity_loss,
+)
+from mfm_ref.recipe import meta_flow_map_loss
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, sample, sample_posterior
@@ -38,6 +52,7 @@ __all__ = [
     "FlowMap",
     "GaussianLikelihood",
     "GaussianMixture",
+    "Guided",
     "LinearReward",
     "MetaFlowMap",
     "Network",
@@ -54,11 +69,18 @@ __all__ = [
     "dps_drift",
     "drift_to_denoiser",
     "drift_to_score",
+    "eulerian_loss",
+    "eulerian_target",
     "finetune_loss",
     "glass_drift",
     "guidance",
+    "guided_target",
     "integrate",
     "interpolate",
+    "lagrangian_loss",
+    "lagrangian_target",
+    "mean_flow_loss",
+    "mean_flow_target",
     "meta_flow_map_loss",
     "mmd",
     "noise_scale",
@@ -67,9 +89,11 @@ __all__ = [
     "score_to_denoiser",
     "score_to_drift",
     "semigroup_loss",
+    "semigroup_target",
     "sliced_wasserstein",
     "steer",
     "train",
     "value",
     "value_gradient",
+    "velocity_loss",
 ]

@@ -1,7 +1,8 @@
-"""Training objectives (E13, E14), each a plain function of tensors, and the laws of their times.
+"""Training objectives (E13, E14), each a plain function of tensors.
 
-A batch is drawn once (`coupled_interpolants`) and every objective reads it. A new objective is a function that
-returns residuals turned into a number by `weighted_mean_square`.
+Every objective has one form: E w ‖v_{s,u}(z; t, x) − target‖², where the target is made without a graph. Where
+s = u the target is a drift (E13). Where s < u it says how v_{s,u} follows from the map's shorter jumps or from its
+derivatives (E14): these are the functions named `…_target`. A new objective is one more of them.
 """
 
 from collections.abc import Callable
@@ -9,13 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import Time, check_finite, check_order, check_same_shape, expand_time
-from mfm_ref.flow_map import MetaFlowMap
-from mfm_ref.gaussian import gaussian_std, posterior_std
-from mfm_ref.interpolant import Drift, coupled_interpolants, glass_drift
-from mfm_ref.times import balanced_times, context_time, step_towards
-
-LATEST_CONTEXT = 0.998  # float32 velocities lose their digits as t → 1, where the posterior is a point anyway
+from mfm_ref.checks import Time, check_order, check_same_shape, expand_time
+from mfm_ref.flow_map import FlowMap, MetaFlowMap
+from mfm_ref.interpolant import Drift, glass_drift
 
 Weight = Callable[[Tensor], Tensor]  # squared residual norms (B,) -> weights (B,)
 
@@ -44,69 +41,40 @@ def weighted_mean_square(residual: Tensor, weight: Weight | None = None) -> Tens
     return (w * squared).mean()
 
 
-def meta_flow_map_loss(
+def velocity_loss(
     X: MetaFlowMap,
-    x1: Tensor,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    target: Tensor,
     y: Tensor | None = None,
     *,
-    drift: Drift | None = None,
-    data_var: float = 1.0,
-    step: float = 0.2,
-    p: float = 0.5,
-    generator: torch.Generator | None = None,
+    weight: Weight | None = None,
 ) -> Tensor:
-    """Diagonal plus consistency (E13 + E14) for one batch of data: half of the rows each.
-
-    Draws contexts by `context_time`, internal times by `balanced_times`, and measures every residual in units
-    of c/S_s, the natural velocity of the auxiliary flow, with adaptive weights. From data (`drift` None) the
-    diagonal regresses onto x₁ − x̄₀ and the semigroup's midpoint is uniform between s and u; from a drift the
-    diagonal regresses onto E12 and the semigroup's first leg is a teacher step of at most `step` in angle.
+    """E w ‖v_{s,u}(z; t, x) − sg[target]‖², the form of every objective here.
 
     Args:
         X: the map to train.
-        x1: data `(B, *D)`, B >= 2.
+        s, u: internal times s <= u, `()` or `(B,)` in [0, 1].
+        z: state at s, `(B, *D)`.
+        t, x: the context: time `()` or `(B,)` in [0, 1], and noisy state `(B, *D)`.
+        target: `(B, *D)`; detached.
         y: class labels `(B,)`, or None.
-        drift: teacher `drift(t, x)`, or None to learn from data.
-        data_var: variance of the data, mean over the coordinates.
-        step: longest teacher step, in radians of the auxiliary flow's rotation, in (0, π/2].
-        p: exponent of `adaptive_weight`.
-        generator: source of all noise and times.
+        weight: maps ‖Δ‖² `(B,)` to weights `(B,)`, as `adaptive_weight` does; None for one.
 
     Returns:
         the loss, `()`.
 
     Raises:
-        ValueError: fewer than two samples, data that is not finite, or data_var or step out of range.
+        ValueError: times outside [0, 1] or out of order, or shapes that differ.
     """
-    check_finite(x1, "x1")
-    if len(x1) < 2:
-        raise ValueError(f"meta_flow_map_loss needs at least two samples, got {len(x1)}")
-    if not (data_var > 0 and 0 < step <= torch.pi / 2):
-        raise ValueError(f"data_var must be positive and step in (0, π/2], got {data_var} and {step}")
-    t = context_time(len(x1), generator=generator).to(x1).clamp_max(LATEST_CONTEXT)
-    std = posterior_std(t, data_var)
-    s, u = balanced_times(t, std, generator=generator)
-    x, z, velocity = coupled_interpolants(x1, s, t, generator=generator)
-    unit = std / gaussian_std(s, std**2)
+    check_same_shape(z=z, target=target)
+    return weighted_mean_square(X.velocity(s, u, z, t, x, y) - target.detach(), weight)
 
-    def weigh(rows: slice) -> Weight:
-        return lambda squared: adaptive_weight(squared, p=p, unit=unit[rows])
 
-    half = len(x1) // 2
-    first, second = slice(None, half), slice(half, None)
-    labels = (None, None) if y is None else (y[first], y[second])
-    row = (s[first], z[first], t[first], x[first])
-    target = velocity[first] if drift is None else glass_drift(drift, *row, labels[0])
-    diagonal = diagonal_loss(X, *row, target, labels[0], weight=weigh(first))
-    s, u, std = s[second], u[second], std[second]
-    if drift is None:
-        w = s + (u - s) * torch.rand(s.shape, generator=generator, dtype=s.dtype, device=s.device)
-    else:
-        w = step_towards(s, u, std, step)
-    consistency = semigroup_loss(
-        X, s, w, u, z[second], t[second], x[second], labels[1], drift=drift, weight=weigh(second)
-    )
-    return diagonal + consistency
+# ---- E13: the diagonal s = u ---------------------------------------------------------------------------
 
 
 def diagonal_loss(
@@ -120,27 +88,178 @@ def diagonal_loss(
     *,
     weight: Weight | None = None,
 ) -> Tensor:
-    """E13: E‖v_{s,s}(z; t, x) − target‖².
+    """E13: E w ‖v_{s,s}(z; t, x) − target‖².
 
     From data, z = Ī_s, x = I_t and target = x₁ − x̄₀, as `coupled_interpolants` returns them. From a drift,
-    target = `glass_drift(drift, s, z, t, x)` (E12): then the minimum is zero.
+    target = `glass_drift(drift, s, z, t, x)` (E12): then the minimum is zero. Either may pass through
+    `guided_target`. Arguments and errors as in `velocity_loss`.
+    """
+    return velocity_loss(X, s, s, z, t, x, target, y, weight=weight)
+
+
+def guided_target(
+    X: FlowMap, s: Time, z: Tensor, t: Time, x: Tensor, target: Tensor, y: Tensor, guidance: Time
+) -> Tensor:
+    """Model guidance: target + (1 − 1/w) sg[v_{s,s}(z; t, x, y, w) − v_{s,s}(z; t, x, ∅, 1)].
+
+    Its fixed point is v(y, w) = b̄(∅) + w (b̄(y) − b̄(∅)), so that guidance becomes an input of the network and one
+    evaluation samples from it. For rows whose label was dropped (the null class) it is b̄(∅).
 
     Args:
-        X: the map to train.
-        s, z: internal time, `()` or `(B,)` in [0, 1], and state `(B, *D)`.
-        t, x: the context: time `()` or `(B,)` in [0, 1], and noisy state `(B, *D)`.
-        target: the velocity to regress onto, `(B, *D)`; detached.
-        y: class labels `(B,)`, or None.
-        weight: maps ‖Δ‖² `(B,)` to weights `(B,)`, as `adaptive_weight` does; None for one.
-
-    Returns:
-        the loss, `()`.
+        X: a map whose network reads guidance and labels, with None as the null class.
+        target: x₁ − x̄₀ or E12 of the conditional drift, `(B, *D)`.
+        y: class labels `(B,)`.
+        guidance: scale w >= 1, `()` or `(B,)`. w = 1 leaves the target as it is.
 
     Raises:
-        ValueError: shapes that differ, or times outside [0, 1].
+        ValueError: guidance below one, or a network that does not read it; shapes that differ.
     """
     check_same_shape(z=z, target=target)
-    return weighted_mean_square(X.velocity(s, s, z, t, x, y) - target.detach(), weight)
+    with torch.no_grad():
+        excess = X.velocity(s, s, z, t, x, y, guidance) - X.velocity(s, s, z, t, x)
+    w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device).expand(len(z)).reshape(-1, *[1] * (z.ndim - 1))
+    return target + (1 - 1 / w) * excess
+
+
+# ---- E14: consistency, s <= u --------------------------------------------------------------------------
+# Where `drift` is None an objective is "self": it reads v_{s,s} off the model. With a drift it is "teacher": E12.
+
+
+@torch.no_grad()
+def semigroup_target(
+    X: MetaFlowMap,
+    s: Time,
+    w: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    drift: Drift | None = None,
+) -> Tensor:
+    """X_{w,u}(X_{s,w}(z)) = X_{s,u}(z), in velocities: γ v_{s,w}(z) + (1−γ) v_{w,u}(X_{s,w}(z)), γ = (w−s)/(u−s).
+
+    Progressive self-distillation with any w, the shortcut model's objective with w = (s+u)/2. From a drift the
+    first leg is one Runge–Kutta step of E12 from s to w: the law is then anchored to the truth at every s, and
+    w − s is the step whose size bounds the error.
+
+    Args:
+        s, w, u: internal times s <= w <= u, `()` or `(B,)` in [0, 1].
+        z, t, x, y: as in `velocity_loss`.
+        drift: the teacher `drift(t, x) -> (B, *D)`, `drift(t, x, y)` with labels; None for the model's own leg.
+
+    Returns:
+        the target `(B, *D)`, without a graph.
+
+    Raises:
+        ValueError: times outside [0, 1] or out of order, or shapes that differ.
+    """
+    s_, w_, u_ = (expand_time(a, z, name) for a, name in ((s, "s"), (w, "w"), (u, "u")))
+    check_order(s_, w_)
+    check_order(w_, u_)
+    first = X.velocity(s, w, z, t, x, y) if drift is None else teacher_velocity(drift, s, w, z, t, x, y)
+    second = X.velocity(w, u, z + (w_ - s_) * first, t, x, y)
+    gamma = torch.where(u_ > s_, (w_ - s_) / torch.where(u_ > s_, u_ - s_, 1.0), 0.5)
+    return gamma * first + (1 - gamma) * second
+
+
+@torch.no_grad()
+def lagrangian_target(
+    X: MetaFlowMap,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    drift: Drift | None = None,
+) -> Tensor:
+    """∂_u X_{s,u}(z) = b̄_u(X_{s,u}(z)), in velocities: b̄_u(X_{s,u}(z)) − (u−s) ∂_u v_{s,u}(z).
+
+    b̄ is v_{u,u} of the model, or E12 of the drift. ∂_u is a forward-mode derivative. Arguments, result and
+    errors as in `semigroup_target`.
+    """
+    s_, u_ = expand_time(s, z, "s"), expand_time(u, z, "u")
+    end = u_.flatten()
+    v, slope = _derivative(lambda a: X.velocity(s, a, z, t, x, y), (end,), (torch.ones_like(end),))
+    arrived = z + (u_ - s_) * v
+    b = X.velocity(u, u, arrived, t, x, y) if drift is None else glass_drift(drift, u, arrived, t, x, y)
+    return b - (u_ - s_) * slope
+
+
+@torch.no_grad()
+def eulerian_target(
+    X: MetaFlowMap,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    drift: Drift | None = None,
+) -> Tensor:
+    """∂_s X_{s,u}(z) + ∇_z X_{s,u}(z) b̄_s(z) = 0, in velocities: b̄ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} b̄).
+
+    b̄ is v_{s,s} of the model, or E12 of the drift. Arguments, result and errors as in `semigroup_target`.
+    """
+    b = X.velocity(s, s, z, t, x, y) if drift is None else glass_drift(drift, s, z, t, x, y)
+    return mean_flow_target(X, s, u, z, t, x, b, y)
+
+
+@torch.no_grad()
+def mean_flow_target(
+    X: MetaFlowMap, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, velocity: Tensor, y: Tensor | None = None
+) -> Tensor:
+    """v̇ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} v̇), with v̇ = x₁ − x̄₀ from data.
+
+    It is linear in v̇, whose mean given z and the context is b̄_s(z; t, x): so the minimiser is that of
+    `eulerian_target`, which calls this with v̇ = b̄. One forward-mode derivative along (1, v̇).
+
+    Args:
+        velocity: v̇ `(B, *D)`, as `coupled_interpolants` returns it.
+        s, u, z, t, x, y: as in `velocity_loss`.
+
+    Returns:
+        the target `(B, *D)`, without a graph.
+
+    Raises:
+        ValueError: times outside [0, 1] or out of order, or shapes that differ.
+    """
+    check_same_shape(z=z, velocity=velocity)
+    s_, u_ = expand_time(s, z, "s"), expand_time(u, z, "u")
+    start = s_.flatten()
+    _, slope = _derivative(
+        lambda a, state: X.velocity(a, u, state, t, x, y), (start, z), (torch.ones_like(start), velocity)
+    )
+    return velocity + (u_ - s_) * slope
+
+
+@torch.no_grad()
+def teacher_velocity(drift: Drift, s: Time, w: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """v_{s,w}(z; t, x) of the teacher: the classical fourth-order Runge–Kutta step of b̄ (E12) from s to w."""
+    s, w = expand_time(s, z, "s"), expand_time(w, z, "w")
+    h, middle = w - s, (s + w) / 2
+
+    def b(a: Tensor, state: Tensor) -> Tensor:
+        return glass_drift(drift, a.flatten(), state, t, x, y)
+
+    k1 = b(s, z)
+    k2 = b(middle, z + h / 2 * k1)
+    k3 = b(middle, z + h / 2 * k2)
+    k4 = b(w, z + h * k3)
+    return (k1 + 2 * k2 + 2 * k3 + k4) / 6
+
+
+def _derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """f and its directional derivative, by one forward-mode pass."""
+    value, slope = torch.func.jvp(f, at, along)[:2]
+    return value, slope
+
+
+# ---- E14 as losses: the same arguments, and `weight` as in `velocity_loss` ------------------------------
 
 
 def semigroup_loss(
@@ -156,49 +275,57 @@ def semigroup_loss(
     drift: Drift | None = None,
     weight: Weight | None = None,
 ) -> Tensor:
-    """E14: X_{w,u}(X_{s,w}(z)) = X_{s,u}(z), stop-gradient on the composed side.
-
-    Written in velocities, so that the residual keeps its size as u − s shrinks: with γ = (w−s)/(u−s),
-
-        Δ = v_{s,u}(z) − sg[γ v_{s,w}(z) + (1−γ) v_{w,u}(X_{s,w}(z))].
-
-    From data, both legs are the model's own. From a drift, the first leg is one Runge–Kutta step of the true
-    conditional drift (E12) from s to w: the law is then anchored to the truth at every s, and w − s is the
-    step whose size bounds the error.
-
-    Args:
-        X: the map to train.
-        s, w, u: internal times s <= w <= u, `()` or `(B,)` in [0, 1].
-        z, t, x, y, weight: as in `diagonal_loss`.
-        drift: the teacher `drift(t, x) -> (B, *D)`, `drift(t, x, y)` with labels; None for the model's own leg.
-
-    Returns:
-        the loss, `()`.
-
-    Raises:
-        ValueError: times outside [0, 1] or out of order, or shapes that differ.
-    """
-    s_, w_, u_ = (expand_time(a, z, name) for a, name in ((s, "s"), (w, "w"), (u, "u")))
-    check_order(s_, w_)
-    check_order(w_, u_)
-    with torch.no_grad():
-        first = X.velocity(s, w, z, t, x, y) if drift is None else teacher_velocity(drift, s, w, z, t, x, y)
-        second = X.velocity(w, u, z + (w_ - s_) * first, t, x, y)
-        gamma = torch.where(u_ > s_, (w_ - s_) / torch.where(u_ > s_, u_ - s_, 1.0), 0.5)
-        target = gamma * first + (1 - gamma) * second
-    return weighted_mean_square(X.velocity(s, u, z, t, x, y) - target, weight)
+    """E14: E w ‖v_{s,u} − `semigroup_target`‖²."""
+    target = semigroup_target(X, s, w, u, z, t, x, y, drift=drift)
+    return velocity_loss(X, s, u, z, t, x, target, y, weight=weight)
 
 
-def teacher_velocity(drift: Drift, s: Time, w: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """v_{s,w}(z; t, x) of the teacher: the classical fourth-order Runge–Kutta step of b̄ (E12) from s to w."""
-    s, w = expand_time(s, z, "s"), expand_time(w, z, "w")
-    h, middle = w - s, (s + w) / 2
+def lagrangian_loss(
+    X: MetaFlowMap,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    drift: Drift | None = None,
+    weight: Weight | None = None,
+) -> Tensor:
+    """E14: E w ‖v_{s,u} − `lagrangian_target`‖²."""
+    target = lagrangian_target(X, s, u, z, t, x, y, drift=drift)
+    return velocity_loss(X, s, u, z, t, x, target, y, weight=weight)
 
-    def b(a: Tensor, state: Tensor) -> Tensor:
-        return glass_drift(drift, a.flatten(), state, t, x, y)
 
-    k1 = b(s, z)
-    k2 = b(middle, z + h / 2 * k1)
-    k3 = b(middle, z + h / 2 * k2)
-    k4 = b(w, z + h * k3)
-    return (k1 + 2 * k2 + 2 * k3 + k4) / 6
+def eulerian_loss(
+    X: MetaFlowMap,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    drift: Drift | None = None,
+    weight: Weight | None = None,
+) -> Tensor:
+    """E14: E w ‖v_{s,u} − `eulerian_target`‖²."""
+    target = eulerian_target(X, s, u, z, t, x, y, drift=drift)
+    return velocity_loss(X, s, u, z, t, x, target, y, weight=weight)
+
+
+def mean_flow_loss(
+    X: MetaFlowMap,
+    s: Time,
+    u: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    velocity: Tensor,
+    y: Tensor | None = None,
+    *,
+    weight: Weight | None = None,
+) -> Tensor:
+    """E14: E w ‖v_{s,u} − `mean_flow_target`‖²; at s = u it is E13 from data."""
+    target = mean_flow_target(X, s, u, z, t, x, velocity, y)
+    return velocity_loss(X, s, u, z, t, x, target, y, weight=weight)

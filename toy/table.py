@@ -78,6 +78,25 @@ def digits_tables(report: dict[str, Any]) -> str:
     return "\n\n".join((posterior, classes))
 
 
+def objectives_tables(report: dict[str, Any]) -> str:
+    """For each problem and budget: the posterior ratio of each objective, the greatest of its seeds at each t."""
+    return "\n\n".join(f"{name}:\n\n{_objectives_table(name, report)}" for name in report["results"])
+
+
+def _objectives_table(name: str, report: dict[str, Any]) -> str:
+    results = report["results"][name]
+    times = next(iter(results.values()))[0]["ratio"]
+    rows = []
+    for objective, runs in results.items():
+        worst = [max(run["ratio"][t] for run in runs) for t in times]
+        residual = sum(sum(run["semigroup"].values()) / len(times) for run in runs) / len(runs)
+        milliseconds = 1e3 * report["seconds_per_step"][objective]
+        steps = sum(run["steps"] for run in runs) / len(runs)
+        cells = [f"{ratio:.2f}" for ratio in worst]
+        rows.append([objective, *cells, f"{residual:.3f}", f"{milliseconds:.1f}", f"{steps:.0f}"])
+    return markdown(["posterior ratio at t =", *times, "semigroup residual", "ms per step", "steps"], rows)
+
+
 def main(folder: Path = RESULTS) -> tuple[str, str]:
     """The tables of the mixture and of the digits."""
     mixture, digits = (json.loads((folder / f"{name}.json").read_text()) for name in ("mixture", "digits"))

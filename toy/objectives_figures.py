@@ -1,0 +1,81 @@
+"""The pictures of `toy.objectives`."""
+
+from pathlib import Path
+from typing import Any
+
+from mfm_ref.figures import COLOURS, new_figure, save_figure
+
+SOURCES = {
+    "teacher": "teacher: v_{s,s} is the drift (E12)",
+    "self": "self: v_{s,s} is the model's own",
+    "data": "from data alone",
+}
+STYLES = {
+    "semigroup": ("blue", "o", "-"),
+    "shortcut": ("green", "s", "--"),
+    "Lagrangian": ("orange", "^", "-"),
+    "Eulerian": ("red", "v", "-"),
+    "mean flow": ("grey", "D", "--"),
+}
+
+
+def draw_objectives(report: dict[str, Any], path: Path) -> None:
+    """Posterior ratio against t, on the paper's mixture: sources in columns, equal time above equal steps."""
+    figure, axes = new_figure(2, 3, size=(3.4, 2.7), sharex=True, sharey=True)
+    for row, (budget, title) in enumerate((("time", "equal time"), ("steps", "equal steps"))):
+        for ax, (source, meaning) in zip(axes[row], SOURCES.items(), strict=True):
+            _lines(ax, report["results"][f"mixture, {budget}"], source)
+            ax.set(yscale="log", yticks=[1, 2, 4, 8], yticklabels=["1", "2", "4", "8"])
+            ax.minorticks_off()
+            if row == 0:
+                ax.set_title(meaning)
+                ax.legend(loc="upper right")
+        axes[row, 0].set_ylabel(f"{title}\nposterior ratio (1: perfect)")
+    for ax in axes[1]:
+        ax.set_xlabel("context time t")
+    figure.suptitle(
+        "One-step posterior samples against exact ones, by training objective; bands: least to greatest seed"
+    )
+    save_figure(figure, path)
+
+
+def draw_others(report: dict[str, Any], path: Path) -> None:
+    """The shapes, and the error of the map as the dimension grows."""
+    names = [name for name in report["results"] if not name.startswith("mixture, ")]
+    figure, axes = new_figure(2, 3, size=(3.4, 2.7))
+    for ax, name in zip(axes.flat, names, strict=False):
+        results = report["results"][name]
+        known = name.startswith("mixture-")
+        for objective, runs in results.items():
+            consistency, source = objective.split(", ")
+            colour, marker, _ = STYLES[consistency]
+            line = {"teacher": "-", "self": "--", "data": ":"}[source]
+            found = runs[0]["error" if known else "ratio"]
+            ax.plot([float(t) for t in found], list(found.values()), line, marker=marker, color=COLOURS[colour],
+                    markersize=3, linewidth=1, label=objective)  # fmt: skip
+        where = f"mixture in {name.removeprefix('mixture-').split(',')[0]} dimensions" if known else name.split(",")[0]
+        ax.set(title=where, xlabel="context time t", yscale="log")
+        ax.set_ylabel("error of X / posterior's spread" if known else "posterior ratio to a rollout")
+    axes[0, 1].legend(loc="upper right", fontsize=5)
+    for ax in list(axes.flat)[len(names) :]:
+        ax.set_axis_off()
+    figure.suptitle(
+        "Data without a closed form, against long rollouts of the teacher; and mixtures as the dimension grows"
+    )
+    save_figure(figure, path)
+
+
+def _lines(ax: Any, results: dict[str, Any], source: str) -> None:
+    for objective, runs in results.items():
+        consistency, of = objective.split(", ")
+        if of != source:
+            continue
+        colour, marker, line = STYLES[consistency]
+        times = [float(t) for t in runs[0]["ratio"]]
+        columns = [[run["ratio"][t] for run in runs] for t in runs[0]["ratio"]]
+        means = [sum(values) / len(values) for values in columns]
+        ax.plot(
+            times, means, line, marker=marker, color=COLOURS[colour], markersize=4, linewidth=1.2, label=consistency
+        )
+        low, high = [min(values) for values in columns], [max(values) for values in columns]
+        ax.fill_between(times, low, high, color=COLOURS[colour], alpha=0.15, linewidth=0)
