@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from toy.mixture import TIMES, MixtureConfig, main
+from toy.comparison import TIMES
+from toy.mixture import MixtureConfig, main
 
 
 def test_fast_run_writes_everything_and_repeats_itself(tmp_path):

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mfm_ref import (
     MLP,
@@ -37,8 +36,7 @@ from mfm_ref.files import save_json
 from mfm_ref.interpolant import Drift
 from mfm_ref.sampling import noise_like, time_grid
 from toy.common import ToyConfig, generator, option, parse, remove_checkpoints, resumable, start, stream_of
-
-TIMES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+from toy.comparison import posterior_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,28 +78,24 @@ def train_map(config: MixtureConfig, p1: GaussianMixture) -> FlowMap:
     data = RandomBatches(lambda rng: p1.sample(config.batch, generator=rng), generator(config, 1))
 
     def loss(X: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
-        return meta_flow_map_loss(X, x1, drift=p1.drift, data_var=variance, step=0.15, generator=rng)
+        return meta_flow_map_loss(X, x1, drift=p1.drift, data_var=variance, generator=rng)
 
     X = FlowMap(MLP(p1.mean, p1.cov)).to(config.device)
     settings = TrainConfig(steps=config.train_steps, lr=config.lr, seed=stream_of(config, 1))
     return train(X, loss, data, settings, progress="train the map", **resumable(config, "map"))[0]
 
 
-@torch.no_grad()
-def posterior_ratio(config: MixtureConfig, X: FlowMap, p1: GaussianMixture) -> dict[str, float]:
+def compare_posteriors(config: MixtureConfig, X: FlowMap, p1: GaussianMixture) -> dict[str, float]:
     """{t: sliced W₂ of one-step samples to exact ones / of two exact sets}, each a mean over contexts from p_t."""
     rng = generator(config, 2)
-    ratio = {}
-    for t in tqdm(TIMES, desc="compare posteriors", leave=False):
-        x = p1.marginal(t).sample(config.contexts, generator=rng)
-        model = sample_posterior(X, t, x, config.posterior_samples, generator=rng)
-        exact, other = (p1.posterior(t, x).sample(config.posterior_samples, generator=rng) for _ in range(2))
-        distance, floor = (
-            sum(float(sliced_wasserstein(a[:, k], exact[:, k], generator=rng)) for k in range(config.contexts))
-            for a in (model, other)
-        )
-        ratio[str(t)] = distance / floor
-    return ratio
+    return posterior_ratio(
+        X,
+        lambda t, n: p1.marginal(t).sample(n, generator=rng),
+        lambda t, x, n: p1.posterior(t, x).sample(n, generator=rng),
+        n_contexts=config.contexts,
+        n_samples=config.posterior_samples,
+        generator=rng,
+    )
 
 
 def steered_samples(
@@ -185,7 +179,7 @@ def main(config: MixtureConfig) -> dict[str, Any]:
     p1, reward = paper_mixture(config.device)
     X = train_map(config, p1)
     X.save_pretrained(config.out / "map")
-    ratio = posterior_ratio(config, X, p1)
+    ratio = compare_posteriors(config, X, p1)
 
     target = p1.tilt(reward)
     law = TiltedLaw(config, target)
