@@ -161,7 +161,8 @@ def _solve(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Tensor, max_step
 
     def rate(tau: Tensor, state: Tensor) -> Tensor:
         odds = tau.exp()
-        now = ((odds * (1 + beta) - alpha) / (1 + odds)).clamp(0, 1)
+        now = (odds * (1 + beta) - alpha) / (1 + odds)
+        now = now + (now.clamp(0, 1) - now).detach()  # inside [0, 1] by rounding only: the derivative stays
         return (now + alpha) * (1 - now + beta) / total * posterior.drift(now.flatten(), state)
 
     tau, end = clock(s), clock(u)
