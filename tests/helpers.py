@@ -62,6 +62,11 @@ def finite_difference(f, a: float, h: float = 1e-4) -> Tensor:
     return (f(a + h) - f(a - h)) / (2 * h)
 
 
+def one_sided_difference(f) -> Tensor:
+    """f′(0) in units of the step by three points on one side, 0, 1 and 2: error of second order in the step."""
+    return (4 * f(1) - f(2) - 3 * f(0)) / 2
+
+
 class MapOf:
     """A Meta Flow Map made of one function X(s, u, z, t, x, y) of column-shaped times: for pairing and failures."""
 
@@ -133,3 +138,16 @@ def wrong_maps(p1) -> dict[str, tuple[MapOf, bool]]:
         "identity": (lambda s, u, z, t, x, y: z, True),
     }
     return {name: (MapOf(function, (p1.dim,)), lawful) for name, (function, lawful) in maps.items()}
+
+
+class Perturbed:
+    """v + θ φ: a family that contains the map at θ = 0; one parameter θ `(B,)` a row, φ smooth in every argument."""
+
+    def __init__(self, X, theta: Tensor):
+        self.X, self.theta = X, theta
+        self.shape, self.reads_tx, self.dtype, self.device = X.shape, X.reads_tx, X.dtype, X.device
+
+    def velocity(self, s, u, z, t, x, y=None):
+        s_, u_, t_ = (torch.as_tensor(a, dtype=z.dtype).reshape(-1, 1) for a in (s, u, t))
+        bump = torch.sin(z + t_ * x + s_ + 2 * u_)
+        return self.X.velocity(s, u, z, t, x, y) + self.theta[-len(z) :].unsqueeze(-1) * bump

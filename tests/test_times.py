@@ -7,9 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.special import logit
 
 from mfm_ref.gaussian import angle_of_time, posterior_std, time_of_angle
-from mfm_ref.times import balanced_times, context_time, ordered_times, step_towards
+from mfm_ref.times import (
+    annealed_times,
+    balanced_times,
+    context_time,
+    logit_normal_times,
+    ordered_times,
+    step_towards,
+)
 from tests.helpers import LIMIT, z_scores
 from tests.strategies import assert_close, rng
 
@@ -52,6 +60,60 @@ def test_ordered_times_are_those_of_two_uniforms():
     assert stats.kstest(1 - (1 - s) ** 2, "uniform").pvalue > 1e-6
     assert stats.kstest(u**2, "uniform").pvalue > 1e-6
     assert stats.kstest(u, "uniform").pvalue < 1e-6
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.floats(-3, 3), st.floats(0.1, 2), st.floats(0, 1))
+def test_logit_normal_and_annealed_times_keep_their_ranges(n, count, mean, std, progress):
+    times = logit_normal_times(n, count, mean=mean, std=std, generator=rng(0))
+    assert times.shape == (count, n)
+    assert (times.diff(dim=0) >= 0).all()
+    assert ((times >= 0) & (times <= 1)).all()
+    s, u = annealed_times(n, progress, generator=rng(0))
+    assert s.shape == u.shape == (n,)
+    assert ((s >= 0) & (s <= u) & (u <= 1)).all()
+    assert (u - s <= progress + 1e-6).all()  # one rounding of float32
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 1.6)])
+def test_logit_normal_times_have_normal_log_odds(mean, std):
+    """One time: its log-odds are N(mean, std²). Two: the smaller has 1 − (1−F)² for its CDF, the larger F².
+
+    Kolmogorov–Smirnov at 1e-6; a mean off by 0.1 and a variance in place of the deviation are refused.
+    """
+    n = 20_000
+    odds = logit(logit_normal_times(n, 1, mean=mean, std=std, generator=rng(0))[0].double().numpy())
+    assert stats.kstest(odds, stats.norm(mean, std).cdf).pvalue > 1e-6
+    for wrong in (stats.norm(mean + 0.1, std), stats.norm(mean, std**2 if std != 1 else 0.9)):
+        assert stats.kstest(odds, wrong.cdf).pvalue < 1e-6
+    pair = logit_normal_times(n, mean=mean, std=std, generator=rng(0)).double().numpy()
+    first, second = stats.norm(mean, std).cdf(logit(pair))
+    assert stats.kstest(1 - (1 - first) ** 2, "uniform").pvalue > 1e-6
+    assert stats.kstest(second**2, "uniform").pvalue > 1e-6
+    assert stats.kstest(second, "uniform").pvalue < 1e-6
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.5, 1.0])
+def test_annealed_gaps_are_those_of_two_uniforms_scaled(progress):
+    """(u−s)/progress has the CDF 1 − (1−g)², and s/(1 − (u−s)) is uniform and independent of it: at progress 1, the
+    ordered pair of two uniforms. Kolmogorov–Smirnov at 1e-6, the product of the two in standard errors, 6e-7; gaps
+    that were uniform, or a start uniform on [0, 1] (for gaps that are not small), are refused."""
+    s, u = annealed_times(20_000, progress, generator=rng(0)).double()
+    gap = (u - s) / progress
+    share, rank = s / (1 - (u - s)), 1 - (1 - gap) ** 2
+    assert stats.kstest(rank.numpy(), "uniform").pvalue > 1e-6
+    assert stats.kstest(share.numpy(), "uniform").pvalue > 1e-6
+    assert abs(z_scores((share - 0.5) * (rank - 0.5), 0.0)) < LIMIT
+    assert stats.kstest(gap.numpy(), "uniform").pvalue < 1e-6
+    assert progress < 0.5 or stats.kstest(s.numpy(), "uniform").pvalue < 1e-6
+    if progress == 1:
+        assert stats.kstest(1 - (1 - s.numpy()) ** 2, "uniform").pvalue > 1e-6
+        assert stats.kstest(u.numpy() ** 2, "uniform").pvalue > 1e-6
+
+
+def test_annealed_times_begin_on_the_diagonal():
+    s, u = annealed_times(1_000, 0.0, generator=rng(0))
+    assert torch.equal(s, u)
+    assert stats.kstest(s.numpy(), "uniform").pvalue > 1e-6
 
 
 @pytest.mark.parametrize("rates", [{}, {"start_rate": 0.25, "end_rate": 0.0}, {"start_rate": 0.2, "end_rate": 0.5}])
@@ -108,6 +170,9 @@ def test_step_towards_moves_by_the_step_or_stops_at_u(s, share, std, step):
         assert grown == pytest.approx(step, abs=1e-9)
 
 
+STARTS = torch.zeros(3)
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -118,7 +183,20 @@ def test_step_towards_moves_by_the_step_or_stops_at_u(s, share, std, step):
         (lambda: context_time(3, power=math.nan), "power be positive"),
         (lambda: ordered_times(0), "n must be an integer >= 1"),
         (lambda: ordered_times(3, 0), "count must be an integer >= 1"),
+        (lambda: context_time(3, zero_rate=-0.1), r"zero_rate must lie in \[0, 1\]"),
+        (lambda: logit_normal_times(0), "n must be an integer >= 1"),
+        (lambda: logit_normal_times(3, 0), "count must be an integer >= 1"),
+        (lambda: logit_normal_times(3, std=0.0), "std must be positive, got 0.0"),
+        (lambda: logit_normal_times(3, std=math.nan), "std must be positive, got nan"),
+        (lambda: annealed_times(0, 0.5), "n must be an integer >= 1"),
+        (lambda: annealed_times(3, -0.1), r"progress must lie in \[0, 1\], got -0.1"),
+        (lambda: annealed_times(3, 1.1), r"progress must lie in \[0, 1\], got 1.1"),
+        (lambda: annealed_times(3, math.nan), r"progress must lie in \[0, 1\], got nan"),
         (lambda: balanced_times(torch.zeros(3), torch.ones(2)), "same shape"),
+        (lambda: balanced_times(STARTS, STARTS + 1, start_rate=-0.1), "probabilities, got -0.1 and 0.25"),
+        (lambda: balanced_times(STARTS, STARTS + 1, end_rate=-0.1), "probabilities, got 0.0 and -0.1"),
+        (lambda: balanced_times(STARTS, STARTS + 1, start_rate=0.6, end_rate=0.5), "probabilities, got 0.6 and 0.5"),
+        (lambda: balanced_times(STARTS, STARTS + 1, start_rate=math.nan), "probabilities, got nan"),
     ],
 )
 def test_laws_of_times_refuse(call, match):
@@ -130,7 +208,10 @@ def test_a_generator_decides_the_times():
     def balanced(n, generator):
         return balanced_times(torch.zeros(n), torch.ones(n), generator=generator)
 
-    for law in (context_time, ordered_times, balanced):
+    def annealed(n, generator):
+        return annealed_times(n, 0.5, generator=generator)
+
+    for law in (context_time, ordered_times, logit_normal_times, annealed, balanced):
         one, same, other = (law(20, generator=rng(k)) for k in (0, 0, 1))
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
