@@ -91,7 +91,9 @@ def test_networks_and_oracles_answer_to_one_protocol(owner, method):
     function = owner.forward if owner is FlowMap and method == "__call__" else getattr(owner, method)
     context = "tx" if method.endswith("from_tx") else "x"
     parameters = inspect.signature(function).parameters
-    assert list(parameters) == ["self", "s", "u", "z", "t", context, "y"]
+    optional = ["guidance"] if owner is FlowMap else []
+    assert list(parameters) == ["self", "s", "u", "z", "t", context, "y", *optional]
+    assert all(parameters[name].default is None for name in optional)
     assert parameters["y"].default is None
 
 
