@@ -21,6 +21,12 @@ def gaussian(dim: int = 2, seed: int = 0) -> GaussianMixture:
     return random_mixture(dim, 1, seed)
 
 
+def normal(var: float) -> GaussianMixture:
+    """N(0, var) in one dimension: its posteriors and their marginals give the natural sizes by E3."""
+    one = torch.ones(1, dtype=torch.float64)
+    return GaussianMixture(one, 0 * one.unsqueeze(-1), var * one.reshape(1, 1, 1))
+
+
 def line() -> GaussianMixture:
     """Three unequal components in one dimension: the oracle's quantile route."""
     weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
@@ -138,6 +144,18 @@ def wrong_maps(p1) -> dict[str, tuple[MapOf, bool]]:
         "identity": (lambda s, u, z, t, x, y: z, True),
     }
     return {name: (MapOf(function, (p1.dim,)), lawful) for name, (function, lawful) in maps.items()}
+
+
+class Watched:
+    """A map that keeps what its `velocity` is called with: `calls`, each [s, u, z, t, x], without graphs."""
+
+    def __init__(self, X):
+        self.X, self.calls = X, []
+        self.shape, self.reads_tx, self.dtype, self.device = X.shape, X.reads_tx, X.dtype, X.device
+
+    def velocity(self, s, u, z, t, x, y=None):
+        self.calls.append([torch.as_tensor(a).detach() for a in (s, u, z, t, x)])
+        return self.X.velocity(s, u, z, t, x, y)
 
 
 class Perturbed:

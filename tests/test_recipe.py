@@ -1,10 +1,13 @@
-"""The whole training loss: one batch, two halves."""
+"""The whole training loss: one batch, two halves, its units, weights and draws."""
 
 import math
 from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from mfm_ref import (
     MLP,
@@ -16,9 +19,197 @@ from mfm_ref import (
     meta_flow_map_loss,
     train,
 )
-from mfm_ref.recipe import semigroup
-from tests.helpers import LIMIT, MapOf, gaussian, moment_scores
-from tests.strategies import rng
+from mfm_ref.recipe import CONSISTENCY, LATEST_CONTEXT, mean_flow, semigroup
+from mfm_ref.times import balanced_times, context_time, ordered_times
+from tests.helpers import (
+    LIMIT,
+    Bent,
+    MapOf,
+    Perturbed,
+    Watched,
+    finite_difference,
+    gaussian,
+    line,
+    moment_scores,
+    normal,
+    z_scores,
+)
+from tests.strategies import SEEDS, assert_close, randn, random_mixture, rng
+
+NOISE_FREE = [name for name in CONSISTENCY if name != "mean_flow"]
+
+
+def recorded(name):
+    """A consistency of the recipe as a function of one's own, and the list of what it was given and gave."""
+    notes = []
+
+    def consistency(X, r, drift, generator):
+        notes.append((r, drift, *CONSISTENCY[name](X, r, drift, generator)))
+        return notes[-1][2:]
+
+    return consistency, notes
+
+
+# ---- the loss by hand ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_drift", [False, True])
+@pytest.mark.parametrize("name", [*CONSISTENCY, None])
+def test_the_loss_and_its_gradient_by_hand(name, with_drift):
+    """Seven rows, three on the diagonal. v and the arguments are read off the model's last call; x₁ − x̄₀ is
+    (x₁ − z)/(1−s), the teacher's b̄ is the exact posterior's; units are spreads of N(0, 2.3)'s posteriors; the weight
+    is 1/(size · unit) (‖Δ/size‖² + 0.01)^−p, frozen. The gradient is that by finite differences with target and
+    weight frozen at θ, h² ~ 1e-8 of it, and not that of the loss as a whole."""
+    p1, var, theta = gaussian(), 2.3, 0.7
+    x1 = p1.sample(7, generator=rng(1))
+    consistency, notes = (None, []) if name is None else recorded(name)
+    drift = p1.drift if with_drift else None
+    options = {"drift": drift, "data_var": var, "p": 0.3, "p_consistency": 0.8, "consistency_weight": 0.25}
+    options["times"] = balanced_times  # whose default depends on the name
+
+    def whole(a, objective=consistency):
+        X = Watched(FlowMap(Bent(a)))
+        return meta_flow_map_loss(X, x1, consistency=objective, **options, generator=rng(0)), X
+
+    loss, X = whole(theta)
+    s, u, z, t, x = X.calls[-1]
+    half = 7 if name is None else 3
+    assert torch.equal(s[:half], u[:half])
+    assert (u > s)[half:].all()
+    c2 = normal(var).posterior(t, 0 * t.unsqueeze(-1))
+    unit = c2.cov.flatten().sqrt() / c2.marginal(s).cov.flatten().sqrt()
+    target = p1.posterior(t, x).drift(s, z) if with_drift else (x1 - z) / (1 - s).unsqueeze(-1)
+    size = unit
+    if name is not None:
+        r, given_drift, jump, size_of_jump = notes[0]
+        assert given_drift is drift
+        for actual, expected in zip(r[:5], (s, u, z, t, x), strict=True):
+            assert torch.equal(actual, expected[half:])
+        assert_close(r.velocity, (x1 - z)[half:] / (1 - s[half:]).unsqueeze(-1), 1e-9, 1 + r.velocity.abs())
+        assert_close(r.std, c2.cov.flatten().sqrt()[half:], 1e-12)
+        target, size = torch.cat([target[:half], jump]), torch.cat([unit[:half], size_of_jump])
+    frozen = (FlowMap(Bent(theta)).velocity(s, u, z, t, x) - target).square().sum(1).detach()
+    exponents = torch.tensor([0.3] * half + [0.8] * (7 - half), dtype=torch.float64)
+    weight = (frozen / size**2 + 0.01) ** -exponents / (size * unit)
+    weight = weight * torch.tensor([1 / half] * half + [0.25 / (7 - half)] * (7 - half) if half < 7 else [1 / 7] * 7)
+
+    def by_hand(a):
+        return (weight * (FlowMap(Bent(a)).velocity(s, u, z, t, x) - target).square().sum(1)).sum().detach()
+
+    assert_close(loss.detach(), by_hand(theta), 1e-6, by_hand(theta))  # the weights are typed in float32
+    loss.backward()
+    gradient = X.X.network.theta.grad
+    assert_close(gradient, finite_difference(by_hand, theta), 1e-5, 1 + gradient.abs())
+    assert abs(gradient - finite_difference(lambda a: whole(a)[0].detach(), theta)) > 0.02 * abs(gradient)
+    if name is not None:
+        assert torch.equal(whole(theta, name)[0], loss)
+
+
+def test_sizes_of_the_residuals():
+    """c/S_s for a velocity at s; carried to u by the derivative of a Gaussian's map; the lengths of the jumps as
+    correlations of Ī_s and Ī_u under that Gaussian, which are the cosines of their angles."""
+    X = Watched(FlowMap(Bent(0.7)))
+    sizes = {}
+    for name in CONSISTENCY:
+        consistency, notes = recorded(name)
+        meta_flow_map_loss(X, randn(40, 2, seed=1), consistency=consistency, data_var=2.3, generator=rng(0))
+        r, _, _, sizes[name] = notes[0]
+        posterior = normal(2.3).posterior(r.t, 0 * r.t.unsqueeze(-1))
+        c, spread_s, spread_u = (
+            law.cov.flatten().sqrt() for law in (posterior, posterior.marginal(r.s), posterior.marginal(r.u))
+        )
+        damping = 0.1 + 0.9 * ((1 - r.s) * (1 - r.u) + r.s * r.u * c**2) / (spread_s * spread_u)
+        z = torch.zeros(20, 1, dtype=torch.float64, requires_grad=True)
+        moved = ExactFlowMap(normal(2.3))(r.s, r.u, z, r.t, 0 * z.detach())
+        carried = torch.autograd.grad(moved.sum(), z)[0].flatten()
+        expected = {
+            "semigroup": c / spread_s,
+            "shortcut": c / spread_s,
+            "lagrangian": c / spread_u / damping,
+            "eulerian": c / spread_s * carried / damping,
+            "mean_flow": c / spread_s * carried / damping,
+        }[name]
+        assert_close(sizes[name], expected, 1e-9, expected)
+
+
+def test_the_semigroups_midpoints():
+    """Self: uniform between s and u, Kolmogorov–Smirnov at 1e-6, which w² is not. From a drift the second leg starts
+    a step of 0.15 radians from s, or at u. The shortcut's is halfway, with a drift too."""
+    p1, x1 = gaussian(1), randn(4_000, 1, seed=1)
+
+    def midpoints(**options):
+        X = Watched(ExactFlowMap(p1))
+        meta_flow_map_loss(X, x1, **options, generator=rng(0))
+        s, u = (a[2_000:] for a in X.calls[-1][:2])
+        return s, X.calls[-2][0], u, X.calls[-1][3][2_000:]
+
+    s, w, u, _ = midpoints()
+    share = ((w - s) / (u - s)).numpy()
+    assert stats.kstest(share, "uniform").pvalue > 1e-6
+    assert stats.kstest(share**2, "uniform").pvalue < 1e-6
+    for options in ({}, {"drift": p1.drift}):
+        s, w, u, _ = midpoints(consistency="shortcut", **options)
+        assert_close(w, (s + u) / 2, 1e-12)
+    s, w, u, t = midpoints(drift=p1.drift)
+    c = (1 - t) / (t**2 + (1 - t) ** 2).sqrt()
+    grown = torch.atan2(w * c, 1 - w) - torch.atan2(s * c, 1 - s)
+    assert (w <= u).all()
+    assert_close(grown[w < u], torch.full_like(grown[w < u], 0.15), 1e-9)
+    assert 0.5 < (w < u).double().mean() < 1
+
+
+# ---- zero at the oracle --------------------------------------------------------------------------------
+
+
+@given(SEEDS, st.integers(1, 3), st.sampled_from(NOISE_FREE), st.booleans(), st.floats(0.2, 5))
+def test_the_whole_loss_is_zero_at_the_oracle(seed, dim, name, self_taught, data_var):
+    """From a drift, for every consistency without noise, whatever unit is declared: rounding, in units of c ~ 0.002
+    for the latest contexts, squared: below 1e-12. A teacher's step of 0.15 radians leaves 1e-4 (h⁴ in velocities,
+    squared, times ten for the weights and narrow components), one of 0.05 a hundredth of that."""
+    p1 = random_mixture(dim, 1 if dim > 1 else 3, seed)
+    x1 = p1.sample(64, generator=rng(seed % 7))
+    options = {"drift": p1.drift, "data_var": data_var, "self_taught": self_taught}
+
+    def loss(X, consistency=name):
+        return meta_flow_map_loss(X, x1, consistency=consistency, **options, generator=rng(seed % 11))
+
+    oracle = ExactFlowMap(p1)
+    if name == "semigroup" and not self_taught:
+        assert loss(oracle) < 1e-3
+        assert loss(oracle, partial(semigroup, step=0.05)) < 1e-5
+    else:
+        assert loss(oracle) < 1e-12
+    other = ExactFlowMap(p1._from_eigen(p1.log_weights, p1.means + 1, p1.basis, p1.eigenvalues))
+    assert loss(other) > 0.02
+
+
+@pytest.mark.parametrize("p1", [gaussian(), line()], ids=["gaussian", "mixture"])
+def test_from_data_the_oracle_is_stationary_without_adaptation(p1):
+    """p = 0: the gradients of rows, for the oracle moved by θ_i φ in row i, have mean zero at θ = 0 in both halves,
+    6e-7 each; not at θ = 0.5, nor for jumps with their velocity turned round."""
+    n = 10_000
+    x1 = p1.sample(n, generator=rng(0))
+
+    def scores(consistency, theta=0.0):
+        parameters = torch.full((n,), theta, dtype=torch.float64, requires_grad=True)
+        X = Perturbed(ExactFlowMap(p1), parameters)
+        options = {"p": 0, "p_consistency": 0, "context": early}
+        loss = meta_flow_map_loss(X, x1, consistency=consistency, **options, generator=rng(1))
+        (gradient,) = torch.autograd.grad(loss, parameters)
+        return [float(z_scores(half, 0.0)) for half in gradient.split(n // 2)]
+
+    def early(n, generator):  # late contexts, with their large velocities, would drown the rest
+        return 0.5 * context_time(n, generator=generator)
+
+    def backwards(X, r, drift, generator):
+        return mean_flow(X, r._replace(velocity=-r.velocity), drift, generator)
+
+    assert max(map(abs, scores("mean_flow"))) < LIMIT
+    assert min(scores("mean_flow", theta=0.5)) > LIMIT
+    assert abs(scores(backwards)[1]) > LIMIT
+
+
+# ---- rows ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2)])
@@ -38,7 +229,7 @@ def test_any_shape_any_batch_and_labels(shape, with_drift, batch):
     def drift(t, x, y):
         return y.reshape(-1, *[1] * len(shape)) * torch.ones_like(x)
 
-    X = MapOf(lambda *arguments: None, shape, torch.float32)
+    X = MapOf(None, shape, torch.float32)
     X.velocity = lambda s, u, z, t, x, y=None: velocity(*(torch.as_tensor(a).flatten() for a in (s, u)), z, t, x, y)
     loss = meta_flow_map_loss(X, x1, y, drift=drift if with_drift else None, generator=rng(0))
     assert loss.shape == ()
@@ -114,6 +305,100 @@ def test_a_short_training_lowers_the_loss(teacher):
     average, history = train(model, loss, data, TrainConfig(steps=100, lr=5e-3, warmup=10, decay=0.9))
     assert error(average) < before / 5
     assert sum(history[-20:]) < 0.8 * sum(history[:20])
+
+
+# ---- what is drawn, and what is passed on --------------------------------------------------------------
+
+
+def arguments_of(x1, X=None, **options):
+    """[s, u, z, t, x] of the whole batch, as a loss of these options calls the model with them."""
+    X = Watched(X or ExactFlowMap(gaussian(x1.shape[1])))
+    meta_flow_map_loss(X, x1, **options, generator=rng(0))
+    return X.calls[-1]
+
+
+def test_laws_of_the_times_are_passed_on():
+    """The context's law: zeros in a tenth of the rows, √t uniform elsewhere up to the latest context, in both halves;
+    internal times are what `times(t, std)` returns, u put on s in the first half. Kolmogorov–Smirnov at 1e-6."""
+    x1 = randn(10_000, 1, seed=1)
+    t = arguments_of(x1)[3]
+    assert t.max() == LATEST_CONTEXT
+    for half in t.split(5_000):
+        assert abs(z_scores((half == 0).double(), 0.1)) < LIMIT
+        assert stats.kstest(half[(half > 0) & (half < LATEST_CONTEXT)].numpy() ** 0.5, "uniform").pvalue > 1e-6
+        assert stats.kstest(half[half > 0].numpy(), "uniform").pvalue < 1e-6
+    given = []
+
+    def times(t, std, generator):
+        given.append((t, std, ordered_times(len(t), generator=generator)))
+        return given[-1][2]
+
+    s, u, _, t, _ = arguments_of(x1, times=times, data_var=2.3, context=lambda n, generator: torch.linspace(0, 1, n))
+    assert_close(t, torch.linspace(0, 1, 10_000).double().clamp(max=LATEST_CONTEXT), 0)
+    assert torch.equal(given[0][0], t)
+    assert_close(given[0][1], normal(2.3).posterior(t, 0 * t.unsqueeze(-1)).cov.flatten().sqrt(), 1e-12)
+    assert torch.equal(s, given[0][2][0].double())
+    assert torch.equal(u, torch.cat([s[:5_000], given[0][2][1, 5_000:].double()]))
+
+
+@pytest.mark.parametrize("name", CONSISTENCY)
+def test_default_internal_times_jump_from_the_start_where_the_objective_moves_the_end(name):
+    s, u = arguments_of(randn(2_000, 1, seed=1), consistency=name)[:2]
+    assert ((u[1_000:] == 1).any(), (s == 0).any()) == ((False, True) if name == "lagrangian" else (True, False))
+
+
+def test_a_consistency_of_ones_own_gets_rows_drift_and_generator():
+    """Its target and size make the second half of the loss; self_taught keeps the drift from it, not from E13."""
+    p1, x1, notes = gaussian(), randn(8, 2, seed=1), []
+    g = rng(3)
+
+    def own(X, r, drift, generator):
+        notes.append((X, r, drift, generator))
+        return X.velocity(r.s, r.u, r.z, r.t, r.x), torch.ones(4, dtype=torch.float64)
+
+    oracle = ExactFlowMap(p1)
+    for self_taught, expected in ((False, p1.drift), (True, None)):
+        loss = meta_flow_map_loss(oracle, x1, drift=p1.drift, consistency=own, self_taught=self_taught, generator=g)
+        assert loss < 1e-12  # no residual in either half
+        X, r, drift, generator = notes.pop()
+        assert X is oracle
+        assert drift == expected
+        assert generator is g
+        assert r.y is None
+        assert all(len(a) == 4 for a in r if a is not None)
+    with pytest.raises(ValueError, match="same shape"):
+        meta_flow_map_loss(oracle, x1, consistency=lambda X, r, drift, g: (r.z[:3], r.std), generator=g)
+
+
+def test_the_generator_decides_every_draw():
+    """The same seed the same loss, another seed another, and torch's own generator stays where it was."""
+    x1 = randn(8, 2, seed=1)
+    before = torch.get_rng_state()
+    for name in (*CONSISTENCY, None):
+        one, same, other = (
+            meta_flow_map_loss(FlowMap(Bent(0.7)), x1, consistency=name, generator=rng(k)).detach() for k in (0, 0, 1)
+        )
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"data_var": 0.0}, "data_var must be positive, got 0.0"),
+        ({"data_var": math.nan}, "data_var must be positive, got nan"),
+        ({"consistency_weight": 0.0}, "consistency_weight must be positive, got 0.0"),
+        ({"consistency_weight": -1.0}, "consistency_weight must be positive, got -1.0"),
+        ({"consistency": "eulerain"}, "one of semigroup, shortcut, lagrangian, eulerian, mean_flow, got 'eulerain'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        meta_flow_map_loss(ExactFlowMap(gaussian()), randn(4, 2, seed=1), **options)
 
 
 @pytest.mark.parametrize(
