@@ -179,7 +179,7 @@ def meta_flow_map_loss(
         times = from_the_start if objective is lagrangian else balanced_times
     teacher = None if self_taught else drift
     if guidance is not None:
-        _check_guidance(X, guidance, y, teacher, consistency)
+        _check_guidance(X, guidance, y, teacher, objective)
 
     t = context(len(x1), generator=generator).to(x1).clamp_max(LATEST_CONTEXT)
     std = posterior_std(t, data_var)
@@ -229,11 +229,11 @@ def _guided(X: MetaFlowMap, guidance: Tensor | None, part: slice) -> MetaFlowMap
 
 
 def _check_guidance(
-    X: MetaFlowMap, guidance: Tensor, y: Tensor | None, teacher: Drift | None, consistency: object
+    X: MetaFlowMap, guidance: Tensor, y: Tensor | None, teacher: Drift | None, objective: Consistency | None
 ) -> None:
     if not isinstance(X, FlowMap) or y is None:
         raise ValueError("guidance needs a FlowMap and class labels y")
     if guidance.shape != y.shape:
         raise ValueError(f"guidance must have the shape of y, {tuple(y.shape)}, got {tuple(guidance.shape)}")
-    if consistency is not None and (teacher is not None or consistency == "mean_flow"):
+    if objective is not None and (teacher is not None or objective is mean_flow):
         raise ValueError("with guidance the consistency must be self: pass self_taught=True, and not mean_flow")
