@@ -8,17 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfm_ref import (
+    MLP,
     ExactFlowMap,
     FlowMap,
     adaptive_weight,
     coupled_interpolants,
     diagonal_loss,
+    eulerian_loss,
+    eulerian_target,
     glass_drift,
+    lagrangian_loss,
+    lagrangian_target,
+    mean_flow_loss,
     semigroup_loss,
+    velocity_loss,
 )
 from mfm_ref.objectives import weighted_mean_square
-from tests.helpers import LIMIT, Bent, finite_difference, gaussian, line, z_scores
-from tests.strategies import Case, assert_close, cases, mixtures, randn, rng
+from tests.helpers import LIMIT, Bent, MapOf, finite_difference, gaussian, line, z_scores
+from tests.strategies import Case, assert_close, cases, mixtures, randn, rng, row_scale
 
 TIMES = st.floats(0, 0.95, allow_subnormal=False)
 TIMES_32 = st.floats(0, 0.875, width=32, allow_subnormal=False)
@@ -77,12 +84,42 @@ def test_diagonal_loss_is_the_mean_of_those_squares():
     assert float(diagonal_loss(ExactFlowMap(p1), s, z, t, x, target)) == pytest.approx(expected)
 
 
-def test_no_gradient_flows_into_the_diagonals_target():
-    target = randn(5, 2, seed=3).requires_grad_()
-    model = FlowMap(Bent(0.7))
-    diagonal_loss(model, 0.2, randn(5, 2, seed=1), 0.4, randn(5, 2, seed=2), target).backward()
-    assert target.grad is None
-    assert model.network.theta.grad.abs() > 0
+# ---- the form of all objectives ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [velocity_loss, lambda X, s, u, *rest: diagonal_loss(X, s, *rest)])
+def test_no_gradient_flows_into_the_target(loss):
+    """A target that depends on θ is frozen: the gradient is the finite difference with its numbers held."""
+    s, z, t, x = 0.2, randn(5, 2, seed=1), 0.4, randn(5, 2, seed=2)
+    model, frozen = FlowMap(Bent(0.7)), FlowMap(Bent(0.7)).velocity(s, s, x, t, z).detach()
+    target = model.velocity(s, s, x, t, z)
+    loss(model, s, s, z, t, x, target).backward()
+
+    def held(a):
+        return (FlowMap(Bent(a)).velocity(s, s, z, t, x) - frozen).square().sum(1).mean().detach()
+
+    gradient = model.network.theta.grad
+    assert_close(gradient, finite_difference(held, 0.7), 1e-6, 1 + gradient.abs())
+
+
+@given(st.integers(1, 4), st.booleans())
+def test_the_loss_is_a_mean_over_rows_of_sums_over_coordinates(batch, images):
+    """States of any shape, B = D among them: each row's loss alone, averaged; labels and times go with their rows."""
+    shape = (1, 2, 2) if images else (batch,)
+    X = MapOf(None, shape)
+    X.velocity = lambda s, u, z, t, x, y: z * (y + s + 2 * u + 4 * t).reshape(-1, *[1] * len(shape)) + x
+    z, x, target = (randn(batch, *shape, seed=k) for k in range(3))
+    s, u, t = torch.rand((3, batch), generator=rng(0), dtype=torch.float64).sort(0).values
+    y = torch.arange(batch)
+
+    def rows(k):
+        return s[k], u[k], z[k], t[k], x[k], target[k], y[k]
+
+    together = velocity_loss(X, *rows(slice(None)))
+    alone = [velocity_loss(X, *rows(slice(k, k + 1))) for k in range(batch)]
+    assert_close(together, torch.stack(alone).mean(), 1e-12, together)
+    by_hand = sum((z[k] * (y[k] + s[k] + 2 * u[k] + 4 * t[k]) + x[k] - target[k]).norm() ** 2 for k in range(batch))
+    assert_close(together, by_hand / batch, 1e-12, together)
 
 
 # ---- adaptive weights ----------------------------------------------------------------------------------
@@ -121,17 +158,24 @@ def test_weights_make_the_loss_free_of_the_unit(p, unit):
     assert_close(scaled, plain, 1e-12, 1 + plain)
 
 
-@pytest.mark.parametrize("function", ["diagonal", "semigroup"])
+WEIGHTED = {
+    "velocity": lambda X, z, x, target, **w: velocity_loss(X, 0.2, 0.9, z, 0.4, x, target, **w),
+    "diagonal": lambda X, z, x, target, **w: diagonal_loss(X, 0.2, z, 0.4, x, target, **w),
+    "semigroup": lambda X, z, x, target, **w: semigroup_loss(X, 0.2, 0.5, 0.9, z, 0.4, x, **w),
+    "lagrangian": lambda X, z, x, target, **w: lagrangian_loss(X, 0.2, 0.9, z, 0.4, x, **w),
+    "eulerian": lambda X, z, x, target, **w: eulerian_loss(X, 0.2, 0.9, z, 0.4, x, **w),
+    "mean flow": lambda X, z, x, target, **w: mean_flow_loss(X, 0.2, 0.9, z, 0.4, x, target, **w),
+}
+
+
+@pytest.mark.parametrize("function", WEIGHTED)
 def test_weights_are_detached_and_multiply_each_row(function):
     z, x, target = (randn(4, 2, seed=k) for k in range(3))
     rows = torch.tensor([0.0, 1.0, 0.0, 3.0], dtype=torch.float64)
 
     def loss(weight, batch=slice(None)):
         model = FlowMap(Bent(0.7))
-        if function == "diagonal":
-            total = diagonal_loss(model, 0.2, z[batch], 0.4, x[batch], target[batch], weight=weight)
-        else:
-            total = semigroup_loss(model, 0.2, 0.5, 0.9, z[batch], 0.4, x[batch], weight=weight)
+        total = WEIGHTED[function](model, z[batch], x[batch], target[batch], weight=weight)
         total.backward()
         return torch.stack([total.detach(), model.network.theta.grad])
 
@@ -143,11 +187,33 @@ def test_weights_are_detached_and_multiply_each_row(function):
     assert_close(tracked, loss(lambda squared: numbers[0]), 1e-12, 10.0)
 
 
+# ---- errors and precision ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("target", [torch.zeros(2), torch.zeros(2, 1), torch.zeros(1, 2)])
-def test_diagonal_loss_refuses_a_target_that_would_broadcast(target):
+def test_a_target_that_would_broadcast_is_refused(target):
+    X, zeros = ExactFlowMap(gaussian()), torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="same shape: z"):
+        diagonal_loss(X, 0.1, zeros, 0.5, zeros, target)
+    with pytest.raises(ValueError, match="same shape: z"):
+        velocity_loss(X, 0.1, 0.9, zeros, 0.5, zeros, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"s": 0.95}, "s <= u"),
+        ({"u": 1.1}, r"time u must lie in \[0, 1\]"),
+        ({"t": -0.1}, r"time t must lie in \[0, 1\]"),
+        ({"s": torch.tensor([0.1, 0.1, 0.1])}, "time s must have shape"),
+        ({"x": torch.zeros(2, 1, dtype=torch.float64)}, "same shape"),
+    ],
+)
+def test_velocity_loss_refuses(change, match):
     zeros = torch.zeros(2, 2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="same shape"):
-        diagonal_loss(ExactFlowMap(gaussian()), 0.1, zeros, 0.5, zeros, target)
+    arguments = {"s": 0.1, "u": 0.9, "z": zeros, "t": 0.5, "x": zeros, "target": zeros} | change
+    with pytest.raises(ValueError, match=match):
+        velocity_loss(ExactFlowMap(gaussian()), **arguments)
 
 
 @given(cases(p1=mixtures(max_components=1), t=TIMES_32, s=TIMES_32))
@@ -170,3 +236,23 @@ def test_float32_is_within_1e_4(case: Case):
     rounded = losses(p32, ExactFlowMap(single), *inputs)
     size = 1 + glass_drift(case.p1.drift, case.s, case.z, case.t, case.x).square().sum(1).max()
     assert_close(rounded.double(), exact, 1e-4, size)
+
+
+@pytest.mark.parametrize("target", [lagrangian_target, eulerian_target])
+@pytest.mark.parametrize("with_drift", [False, True])
+def test_derivative_targets_in_float32_are_within_1e_4(target, with_drift):
+    """Of the size of the velocities times that of the network's derivatives, about ten."""
+    p1 = gaussian()
+    s, u, t = torch.rand((3, 50), generator=rng(0)).mul(0.9).sort(0).values
+    z, x = (randn(50, 2, seed=k).float() for k in range(2))
+
+    def in_precision(dtype):
+        torch.manual_seed(0)
+        network = MLP(torch.zeros(2), torch.eye(2), hidden=16, depth=2)
+        torch.nn.init.normal_(network.outlet.weight, std=0.3)
+        drift = p1.to(dtype).drift if with_drift else None
+        return target(FlowMap(network.to(dtype)), *(a.to(dtype) for a in (s, u, z, t, x)), drift=drift)
+
+    single, exact = in_precision(torch.float32), in_precision(torch.float64)
+    assert single.dtype == torch.float32
+    assert_close(single.double(), exact, 1e-4, 10 * row_scale(exact))
