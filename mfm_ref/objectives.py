@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfm_ref.checks import Time, check_order, check_same_shape, expand_time
 from mfm_ref.flow_map import FlowMap, MetaFlowMap
+from mfm_ref.forward_mode import derivative
 from mfm_ref.interpolant import Drift, glass_drift
 
 Weight = Callable[[Tensor], Tensor]  # squared residual norms (B,) -> weights (B,)
@@ -183,7 +184,7 @@ def lagrangian_target(
     """
     s_, u_ = expand_time(s, z, "s"), expand_time(u, z, "u")
     end = u_.flatten()
-    v, slope = _derivative(lambda a: X.velocity(s, a, z, t, x, y), (end,), (torch.ones_like(end),))
+    v, slope = derivative(lambda a: X.velocity(s, a, z, t, x, y), (end,), (torch.ones_like(end),))
     arrived = z + (u_ - s_) * v
     b = X.velocity(u, u, arrived, t, x, y) if drift is None else glass_drift(drift, u, arrived, t, x, y)
     return b - (u_ - s_) * slope
@@ -231,7 +232,7 @@ def mean_flow_target(
     check_same_shape(z=z, velocity=velocity)
     s_, u_ = expand_time(s, z, "s"), expand_time(u, z, "u")
     start = s_.flatten()
-    _, slope = _derivative(
+    _, slope = derivative(
         lambda a, state: X.velocity(a, u, state, t, x, y), (start, z), (torch.ones_like(start), velocity)
     )
     return velocity + (u_ - s_) * slope
@@ -251,12 +252,6 @@ def teacher_velocity(drift: Drift, s: Time, w: Time, z: Tensor, t: Time, x: Tens
     k3 = b(middle, z + h / 2 * k2)
     k4 = b(w, z + h * k3)
     return (k1 + 2 * k2 + 2 * k3 + k4) / 6
-
-
-def _derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """f and its directional derivative, by one forward-mode pass."""
-    value, slope = torch.func.jvp(f, at, along)[:2]
-    return value, slope
 
 
 # ---- E14 as losses: the same arguments, and `weight` as in `velocity_loss` ------------------------------

@@ -1,0 +1,81 @@
+"""Forward-mode derivatives at the price of about two forward passes.
+
+Where an operation has a tensor with a tangent and one without, torch's own rules give the other a tangent of zeros,
+multiply by it and add the product: a linear layer then takes three products of matrices instead of two, and a pass
+through a network four to six times a forward pass. The rules here leave those terms out, and change nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+
+def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """f at a point, and its directional derivative there, by one forward-mode pass.
+
+    Args:
+        f: function of tensors that returns one tensor.
+        at: its arguments.
+        along: the direction, of the same shapes.
+    """
+    # Copies: neither an expanded tensor, such as a time () given to every row, nor in a compiled graph a view can
+    # carry a tangent.
+    at, along = (tuple(a.clone(memory_format=torch.contiguous_format) for a in group) for group in (at, along))
+    if torch.compiler.is_compiling():  # compilers drop what is zero
+        value, slope = torch.func.jvp(f, at, along)[:2]
+        return value, slope
+    with dual_level():
+        arguments = [make_dual(a, tangent) for a, tangent in zip(at, along, strict=True)]
+        with SkipZeroTangents():
+            result = f(*arguments)
+        value, slope = unpack_dual(result)
+        return value, torch.zeros_like(value) if slope is None else slope
+
+
+class SkipZeroTangents(TorchFunctionMode):
+    """Within it, an operation on one operand with a tangent and one without goes by the rules below."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func(a, b, …)` by its rule, or as torch does where it has none or there is no tangent to skip."""
+        if func not in FIRST or kwargs or any(_split(c)[1] is not None for c in args[2:]):
+            return func(*args, **(kwargs or {}))
+        (a, da), (b, db) = _split(args[0]), _split(args[1])
+        if da is not None and db is None:
+            return _join(*FIRST[func](a, da, *args[1:]))
+        if da is None and db is not None and func in SECOND:
+            return _join(*SECOND[func](a, b, db))
+        return func(*args)
+
+
+def _split(a: Any) -> tuple[Any, Tensor | None]:
+    return unpack_dual(a) if isinstance(a, Tensor) else (a, None)
+
+
+def _join(value: Tensor, tangent: Tensor) -> Tensor:
+    if tangent.shape != value.shape or tangent.dtype != value.dtype:
+        tangent = tangent.to(value.dtype).expand(value.shape)
+    return make_dual(value, tangent)
+
+
+# Value and tangent of an operation, where only its first operand has a tangent, and where only its second has.
+FIRST: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    linear: lambda a, da, weight, bias=None: (linear(a, weight, bias), linear(da, weight)),
+    Tensor.matmul: lambda a, da, b: (a @ b, da @ b),
+    Tensor.mul: lambda a, da, b: (a * b, da * b),
+    Tensor.div: lambda a, da, b: (a / b, da / b),
+    Tensor.add: lambda a, da, b: (a + b, da),
+    Tensor.sub: lambda a, da, b: (a - b, da),
+    Tensor.__rsub__: lambda a, da, b: (b - a, -da),
+}
+SECOND: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    Tensor.matmul: lambda a, b, db: (a @ b, a @ db),
+    Tensor.mul: lambda a, b, db: (a * b, a * db),
+    Tensor.div: lambda a, b, db: (a / b, -a / b**2 * db),
+    Tensor.add: lambda a, b, db: (a + b, db),
+    Tensor.sub: lambda a, b, db: (a - b, -db),
+}
