@@ -38,6 +38,7 @@ class MLP(nn.Module):
     reads_tx = True
     frequencies = (1.0, 2.0, 4.0)
 
+    harmonics: Tensor
     basis: Tensor
     mean: Tensor
     var: Tensor
@@ -78,6 +79,7 @@ class MLP(nn.Module):
         }
         self.n_classes = n_classes
         self.reads_guidance = reads_guidance
+        self.register_buffer("harmonics", torch.tensor(self.frequencies), persistent=False)
         self.register_buffer("basis", basis)
         self.register_buffer("mean", mean @ basis)
         self.register_buffer("var", var.clamp_min(min_std**2))
@@ -103,27 +105,28 @@ class MLP(nn.Module):
         """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels and guidance `(B,)` or None, to `(B, D)`."""
         var = self.var.mean()
         std = posterior_std(t, var).clamp_min(1e-6)  # an angle at s = t = 1 needs one
-        times = torch.stack([angle_of_time(s, std), angle_of_time(u, std), angle_of_time(t, var.sqrt())], -1)
+        angles = angle_of_time(torch.stack([s, u, t], -1), torch.stack([std, std, var.sqrt().expand_as(std)], -1))
+        angles = self.harmonics.unsqueeze(-1) * angles.unsqueeze(1)  # (B, F, 3)
+        waves = torch.stack([angles.cos(), angles.sin()], 2).flatten(1)  # (B, 6F)
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
         z, tx = z @ self.basis, context @ self.basis
         m, c2 = gaussian_posterior(t, tx, self.mean, self.var)
         spread = gaussian_std(s, c2).clamp_min(1e-12)  # zero only at s = t = 1, where z = m
         den = t**2 * self.var + (1 - t) ** 2
-        waves = [wave(f * times) for f in self.frequencies for wave in (torch.cos, torch.sin)]
+        inputs = [(z - s * m) / spread, (tx - t**2 * self.mean) / den.sqrt(), waves]
         if self.reads_guidance:
-            waves.append(torch.zeros_like(s) if guidance is None else (1 - 1 / guidance).unsqueeze(-1))
-        h = self.inlet(torch.cat([(z - s * m) / spread, (tx - t**2 * self.mean) / den.sqrt(), *waves], -1))
-        h = nn.functional.silu(h + self._label(y, h))
+            inputs.append(torch.zeros_like(s) if guidance is None else (1 - 1 / guidance).unsqueeze(-1))
+        h = nn.functional.silu(self._labelled(self.inlet(torch.cat(inputs, -1)), y))
         for block in self.blocks:
             h = h + nn.functional.silu(block(h))
         correction = c2.sqrt() / spread * self.outlet(h)
         return (gaussian_velocity(s, u, z, m, c2) + correction) @ self.basis.T
 
-    def _label(self, y: Tensor | None, h: Tensor) -> Tensor:
+    def _labelled(self, h: Tensor, y: Tensor | None) -> Tensor:
         if self.labels is None:
             if y is not None:
                 raise ValueError("this network has no classes, got labels y")
-            return torch.zeros_like(h)
+            return h
         null = torch.full(h.shape[:1], self.n_classes, device=h.device)
         embedded: Tensor = self.labels(null if y is None else y)
-        return embedded
+        return h + embedded
