@@ -1,0 +1,1 @@
+"""What the method costs: times and memory, measured side by side with plain flow matching."""

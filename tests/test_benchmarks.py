@@ -1,0 +1,112 @@
+"""The benchmarks run, and the floors in their table are the passes that the losses make. Nothing here is timed."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.forward_ad import unpack_dual
+
+from benchmarks import objectives
+from benchmarks.objectives import OBJECTIVES, BenchmarkConfig, Passes, loss_of
+from benchmarks.transformer import Transformer
+from mfm_ref import FlowMap
+from tests.strategies import randn
+
+pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
+
+
+class Rows(Counter):
+    """Rows of a network's passes; copies of the network count in the same place."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Counted(nn.Module):
+    """A network that counts its own passes."""
+
+    shape, reads_tx = (2,), True
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rows = nn.Linear(7, 2), Rows()
+
+    def velocity(self, s, u, z, t, context, y=None):
+        dual = any(unpack_dual(a).tangent is not None for a in (s, u, z))
+        self.rows["derivative" if dual else "forward"] += len(z)
+        v = self.layer(torch.cat([z, context, torch.stack([s, u, t], -1)], -1))
+        if v.requires_grad:
+            v.register_hook(lambda gradient: self.rows.update(backward=len(gradient)))
+        return v
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_floors_are_the_passes_that_are_made(objective):
+    network = Counted()
+    X = FlowMap(network)
+    loss_of(objective, X)(X, torch.randn(8, 2)).backward()
+    assert Passes(**{kind: rows / 8 for kind, rows in network.rows.items()}) == objective.passes
+
+
+def test_floors_count_a_backward_pass_and_a_derivative_twice():
+    assert Passes(1).floor == 3
+    assert Passes(1.5, 1, 0.5).floor == 4.5
+
+
+def test_the_benchmark_runs_and_writes_what_it_prints(tmp_path):
+    report = objectives.main(BenchmarkConfig(out=tmp_path, fast=True, date="2000-01-01"))
+    assert json.loads((tmp_path / "objectives.json").read_text()) == report
+    assert report["date"] == "2000-01-01"
+    for result in report["networks"].values():
+        assert list(result["objectives"]) == [objective.name for objective in OBJECTIVES]
+        plain = result["objectives"]["flow matching"]
+        assert plain["to_plain"] == plain["over_floor"] == 1
+        assert all(value > 0 for value in result["memory"].values())
+    printed = objectives.tables(report)
+    assert all(printed.count(f"| {objective.name} |") >= 2 for objective in OBJECTIVES)  # one for each network
+
+
+def test_a_target_without_a_graph_needs_the_memory_of_plain_flow_matching():
+    """Bytes are counted, not timed: one pass with a graph keeps the graph of the tangent as well."""
+    X, x1 = objectives.networks(BenchmarkConfig(transformer_batch=4))["transformer"]
+    plain, without, one_pass = objectives.memory_of(BenchmarkConfig(), X, x1).values()
+    assert without < 1.2 * plain < 2 * plain < one_pass
+
+
+# ---- the transformer -----------------------------------------------------------------------------------
+
+
+def tiny() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer((2, 4, 6), patch=2, width=8, depth=2, heads=2).double()
+
+
+def test_forward_mode_derivatives_of_the_transformer_equal_finite_differences():
+    """In (s, u, z) together; central differences, h² error at h = 1e-5."""
+    network = tiny()
+    s, u, t = torch.rand(3, 5, dtype=torch.float64)
+    z, x, direction = (randn(5, 2, 4, 6, seed=k) for k in range(3))
+
+    def v(h):
+        return network.velocity(s + h, u - 2 * h, z + h * direction, t, x)
+
+    zero = torch.zeros((), dtype=torch.float64)
+    slope = torch.func.jvp(v, (zero,), (zero + 1,))[1]
+    assert float((slope - (v(1e-5) - v(-1e-5)) / 2e-5).detach().abs().max()) < 1e-7
+    assert float(slope.detach().abs().max()) > 0.1
+
+
+def test_tokens_are_the_patches():
+    network = tiny()
+    image = randn(3, 2, 4, 6, seed=0)
+    tokens = network.to_tokens(image)
+    assert tokens.shape == (3, 6, 8)
+    assert torch.equal(tokens[:, 4], image[:, :, 2:4, 2:4].flatten(1))  # second row, second column
+    assert torch.equal(network.to_image(tokens), image)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="must divide"):
+        Transformer((1, 5, 4))
