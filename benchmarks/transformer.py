@@ -43,7 +43,7 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], width))
         self.times = nn.Sequential(nn.Linear(6 * len(self.frequencies), width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.outlet = nn.Linear(width, token)
 
     def velocity(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
