@@ -369,7 +369,8 @@ def test_no_gradient_flows_through_the_target(name, ours):
 
 @pytest.mark.parametrize("name", [*LOSSES, "mean flow"])
 def test_labels_reach_every_evaluation_of_map_and_teacher(name):
-    """A map and a drift that return their labels: every target is a combination of them with weights one in all."""
+    """A map and a drift that return their labels: every target is a combination of them with weights one in all,
+    and no loss has a residual."""
     y = torch.tensor([2, 0, 7])
     z = torch.zeros(3, 2, dtype=torch.float64)
     X = MapOf(None, (2,))
@@ -382,9 +383,12 @@ def test_labels_reach_every_evaluation_of_map_and_teacher(name):
     for teacher in (None, drift):
         if name == "mean flow":
             target = mean_flow_target(X, 0.2, 0.6, z, 0.0, z, expected, y)
+            loss = mean_flow_loss(X, 0.2, 0.6, z, 0.0, z, expected, y)
         else:
             target = TARGETS[name](X, 0.2, 0.6, z, 0.0, z, y, drift=teacher)
+            loss = LOSSES[name](X, 0.2, 0.6, z, 0.0, z, y, drift=teacher)
         assert_close(target, expected, 1e-12)
+        assert loss < 1e-24
 
 
 # ---- errors --------------------------------------------------------------------------------------------

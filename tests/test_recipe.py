@@ -214,8 +214,8 @@ def test_from_data_the_oracle_is_stationary_without_adaptation(p1):
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2)])
 @pytest.mark.parametrize("with_drift", [False, True])
-@pytest.mark.parametrize("batch", [2, 3, 5])
-def test_any_shape_any_batch_and_labels(shape, with_drift, batch):
+@pytest.mark.parametrize(("batch", "name"), [(2, "semigroup"), (5, "semigroup"), *((3, name) for name in CONSISTENCY)])
+def test_any_shape_any_batch_and_labels(shape, with_drift, batch, name):
     """States of any shape, B = D among them; labels go to the half of the batch that their rows are in."""
     x1 = torch.arange(batch).reshape(-1, *[1] * len(shape)) * torch.ones(batch, *shape)
     y = torch.arange(batch)
@@ -227,12 +227,15 @@ def test_any_shape_any_batch_and_labels(shape, with_drift, batch):
         return y.reshape(-1, *[1] * len(shape)) * torch.ones_like(z)
 
     def drift(t, x, y):
+        assert y.shape == x.shape[:1]
         return y.reshape(-1, *[1] * len(shape)) * torch.ones_like(x)
 
     X = MapOf(None, shape, torch.float32)
     X.velocity = lambda s, u, z, t, x, y=None: velocity(*(torch.as_tensor(a).flatten() for a in (s, u)), z, t, x, y)
-    loss = meta_flow_map_loss(X, x1, y, drift=drift if with_drift else None, generator=rng(0))
+    drift = drift if with_drift else None
+    loss = meta_flow_map_loss(X, x1, y, drift=drift, consistency=name, generator=rng(0))
     assert loss.shape == ()
+    assert len(seen) > 1
     assert torch.isfinite(loss)
     assert seen == [list(range(batch // 2, batch))] * (len(seen) - 1) + [list(range(batch))]
 
