@@ -373,6 +373,24 @@ def test_a_consistency_of_ones_own_gets_rows_drift_and_generator():
         meta_flow_map_loss(oracle, x1, consistency=lambda X, r, drift, g: (r.z[:3], r.std), generator=g)
 
 
+def test_a_target_with_a_graph_is_cut_from_it():
+    """From a consistency of one's own or a drift that is being trained: the gradient is that of the same numbers."""
+
+    def gradient(cut):
+        X = FlowMap(Bent(0.7))
+
+        def drift(t, x):
+            return cut(X.velocity(t, t, x, 0.0, x))
+
+        def own(X, r, drift, generator):
+            return cut(X.velocity(r.s, r.s, r.z, r.t, r.x)), r.std
+
+        meta_flow_map_loss(X, randn(8, 2, seed=1), drift=drift, consistency=own, generator=rng(0)).backward()
+        return X.network.theta.grad
+
+    assert_close(gradient(lambda target: target), gradient(lambda target: target.detach()), 1e-12)
+
+
 def test_the_generator_decides_every_draw():
     """The same seed the same loss, another seed another, and torch's own generator stays where it was."""
     x1 = randn(8, 2, seed=1)
