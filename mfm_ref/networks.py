@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_ref.checks import check_count, check_finite
-from mfm_ref.gaussian import angle_of_time, gaussian_posterior, gaussian_std, gaussian_velocity, posterior_std
+from mfm_ref.gaussian import angle_of_time, gaussian_posterior, gaussian_std, posterior_std
 
 
 class MLP(nn.Module):
@@ -111,16 +111,17 @@ class MLP(nn.Module):
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
         z, tx = z @ self.basis, context @ self.basis
         m, c2 = gaussian_posterior(t, tx, self.mean, self.var)
-        spread = gaussian_std(s, c2).clamp_min(1e-12)  # zero only at s = t = 1, where z = m
+        start, end = gaussian_std(s, c2).clamp_min(1e-12), gaussian_std(u, c2)  # S_s = 0 only at s = t = 1, where z = m
+        standard = (z - s * m) / start
         den = t**2 * self.var + (1 - t) ** 2
-        inputs = [(z - s * m) / spread, (tx - t**2 * self.mean) / den.sqrt(), waves]
+        inputs = [standard, (tx - t**2 * self.mean) / den.sqrt(), waves]
         if self.reads_guidance:
             inputs.append(torch.zeros_like(s) if guidance is None else (1 - 1 / guidance).unsqueeze(-1))
         h = nn.functional.silu(self._labelled(self.inlet(torch.cat(inputs, -1)), y))
         for block in self.blocks:
             h = h + nn.functional.silu(block(h))
-        correction = c2.sqrt() / spread * self.outlet(h)
-        return (gaussian_velocity(s, u, z, m, c2) + correction) @ self.basis.T
+        gaussian = m + ((1 + c2) * (s + u) - 2) / (start + end) * standard  # `gaussian_velocity`, from what is at hand
+        return (gaussian + c2.sqrt() / start * self.outlet(h)) @ self.basis.T
 
     def _labelled(self, h: Tensor, y: Tensor | None) -> Tensor:
         if self.labels is None:
