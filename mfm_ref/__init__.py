@@ -38,13 +38,13 @@ from mfm_ref.objectives import (
     semigroup_target,
     velocity_loss,
 )
-from mfm_ref.recipe import meta_flow_map_loss
+from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, sample, sample_posterior
 from mfm_ref.training import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MLP",
@@ -83,6 +83,7 @@ __all__ = [
     "mean_flow_target",
     "meta_flow_map_loss",
     "mmd",
+    "no_context",
     "noise_scale",
     "sample",
     "sample_posterior",

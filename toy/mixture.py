@@ -80,7 +80,7 @@ def train_map(config: MixtureConfig, p1: GaussianMixture) -> FlowMap:
     def loss(X: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         return meta_flow_map_loss(X, x1, drift=p1.drift, data_var=variance, generator=rng)
 
-    X = FlowMap(MLP(p1.mean, p1.cov)).to(config.device)
+    X = FlowMap(MLP(p1.mean, p1.cov, normalise=True)).to(config.device)
     settings = TrainConfig(steps=config.train_steps, lr=config.lr, seed=stream_of(config, 1))
     return train(X, loss, data, settings, progress="train the map", **resumable(config, "map"))[0]
 
