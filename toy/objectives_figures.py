@@ -43,25 +43,26 @@ def draw_others(report: dict[str, Any], path: Path) -> None:
     """The shapes, and the error of the map as the dimension grows."""
     names = [name for name in report["results"] if not name.startswith("mixture, ")]
     figure, axes = new_figure(2, 3, size=(3.4, 2.7))
-    for ax, name in zip(axes.flat, names, strict=False):
-        results = report["results"][name]
-        known = name.startswith("mixture-")
-        for objective, runs in results.items():
+    *panels, key = axes.flat
+    for ax, name in zip(panels, names, strict=False):
+        of_shape = not name.startswith("mixture-")
+        for objective, runs in report["results"][name].items():
             consistency, source = objective.split(", ")
             colour, marker, _ = STYLES[consistency]
+            found = runs[0]["ratio" if of_shape else "error"]
+            times, values = [float(t) for t in found], list(found.values())
             line = {"teacher": "-", "self": "--", "data": ":"}[source]
-            found = runs[0]["error" if known else "ratio"]
-            ax.plot([float(t) for t in found], list(found.values()), line, marker=marker, color=COLOURS[colour],
-                    markersize=3, linewidth=1, label=objective)  # fmt: skip
-        where = f"mixture in {name.removeprefix('mixture-').split(',')[0]} dimensions" if known else name.split(",")[0]
-        ax.set(title=where, xlabel="context time t", yscale="log")
-        ax.set_ylabel("error of X / posterior's spread" if known else "posterior ratio to a rollout")
-    axes[0, 1].legend(loc="upper right", fontsize=5)
-    for ax in list(axes.flat)[len(names) :]:
-        ax.set_axis_off()
-    figure.suptitle(
-        "Data without a closed form, against long rollouts of the teacher; and mixtures as the dimension grows"
-    )
+            ax.plot(times, values, line, marker=marker, color=COLOURS[colour], markersize=3, linewidth=1)
+            key.plot([], [], line, marker=marker, color=COLOURS[colour], markersize=3, linewidth=1, label=objective)
+        where = name.split(",")[0]
+        ax.set_title(where if of_shape else f"mixture in {where.removeprefix('mixture-')} dimensions")
+        ax.set(xlabel="context time t", yscale="log")
+        ax.set_ylabel("posterior ratio to a rollout" if of_shape else "error of X / posterior's spread")
+    handles, labels = key.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    key.legend(once.values(), once.keys(), loc="center")
+    key.set_axis_off()
+    figure.suptitle("Data without a closed form, against long rollouts of the teacher; mixtures as the dimension grows")
     save_figure(figure, path)
 
 
