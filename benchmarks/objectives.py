@@ -226,7 +226,7 @@ def networks(config: BenchmarkConfig) -> dict[str, tuple[FlowMap, Tensor]]:
     """Each network as a map, and one batch of data `(B, *D)` for it."""
     p1, _ = paper_mixture()
     made: dict[str, tuple[nn.Module, Tensor]] = {
-        "mlp": (MLP(p1.mean, p1.cov), p1.sample(config.mlp_batch)),
+        "mlp": (MLP(p1.mean, p1.cov, normalise=True), p1.sample(config.mlp_batch)),
         "transformer": (transformer := Transformer(), torch.randn(config.transformer_batch, *transformer.shape)),
     }
     return {name: (FlowMap(network).to(config.device), x1.to(config.device)) for name, (network, x1) in made.items()}

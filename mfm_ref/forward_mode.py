@@ -5,13 +5,13 @@ multiply by it and add the product: a linear layer then takes three products of 
 through a network four to six times a forward pass. The rules here leave those terms out, and change nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 from torch.overrides import TorchFunctionMode
 
 
@@ -42,11 +42,13 @@ class SkipZeroTangents(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func(a, b, …)` by its rule, or as torch does where it has none or there is no tangent to skip."""
-        if func not in FIRST or kwargs or any(_split(c)[1] is not None for c in args[2:]):
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        others = (*args[2:], *kwargs.values())
+        if func not in FIRST or (kwargs and func is not layer_norm) or any(_split(c)[1] is not None for c in others):
+            return func(*args, **kwargs)
         (a, da), (b, db) = _split(args[0]), _split(args[1])
         if da is not None and db is None:
-            return _join(*FIRST[func](a, da, *args[1:]))
+            return _join(*FIRST[func](a, da, *args[1:], **kwargs))
         if da is None and db is not None and func in SECOND:
             return _join(*SECOND[func](a, b, db))
         return func(*args)
@@ -62,9 +64,27 @@ def _join(value: Tensor, tangent: Tensor) -> Tensor:
     return make_dual(value, tangent)
 
 
+def _layer_norm(
+    a: Tensor,
+    da: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The derivative of (a − mean)/√(variance + eps) is a symmetric matrix: torch's backward kernel applies it to da."""
+    if weight is not None:  # under autocast they differ
+        a, da = a.to(weight.dtype), da.to(weight.dtype)
+    h, mean, rate = torch.native_layer_norm(a, shape, weight, bias, eps)
+    backward = torch.ops.aten.native_layer_norm_backward
+    dh = backward(da.contiguous(), a, shape, mean, rate, None, None, (True, False, False))[0]
+    return h, dh if weight is None else dh * weight
+
+
 # Value and tangent of an operation, where only its first operand has a tangent, and where only its second has.
 FIRST: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     linear: lambda a, da, weight, bias=None: (linear(a, weight, bias), linear(da, weight)),
+    layer_norm: _layer_norm,
     Tensor.matmul: lambda a, da, b: (a @ b, da @ b),
     Tensor.mul: lambda a, da, b: (a * b, da * b),
     Tensor.div: lambda a, da, b: (a / b, da / b),

@@ -49,6 +49,23 @@ def test_linear_maps():
     agree(lambda x: x @ x.T)
 
 
+def test_layer_norms():
+    weight, bias = randn(3, seed=7), randn(3, seed=8)
+    agree(lambda x: functional.layer_norm(x, (3,), weight, bias))
+    agree(lambda x: functional.layer_norm(x, (3,), weight=weight, eps=0.1))
+    agree(lambda x: functional.layer_norm(x, (3,)))
+    agree(lambda x: functional.layer_norm(x.T, (4,)))  # not contiguous
+    agree(lambda x: functional.layer_norm(x.unflatten(0, (2, 2)), (2, 3), randn(2, 3, seed=9)))
+    agree(lambda x: functional.layer_norm(x, (3,), x[0], bias))  # the weight moves too
+    agree(lambda x: functional.layer_norm(weight, (3,), x[0], bias))  # the weight alone
+    narrow, direction = X.bfloat16(), DX.bfloat16()  # as under autocast, which leaves weights as they are
+    value, slope = derivative(lambda x: functional.layer_norm(x, (3,), weight.float()), (narrow,), (direction,))
+    wide = torch.func.jvp(
+        lambda x: functional.layer_norm(x, (3,), weight.float()), (narrow.float(),), (direction.float(),)
+    )
+    torch.testing.assert_close((value, slope), wide, check_dtype=False)
+
+
 def test_kinds_of_numbers_mix_as_torch_mixes_them():
     x, dx = X.float(), DX.float()
     for constant in (X, torch.arange(3), torch.tensor(2.0, dtype=torch.float64)):

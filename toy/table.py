@@ -79,28 +79,48 @@ def digits_tables(report: dict[str, Any]) -> str:
 
 
 def objectives_tables(report: dict[str, Any]) -> str:
-    """For each problem and budget: the posterior ratio of each objective, the greatest of its seeds at each t."""
-    return "\n\n".join(f"{name}:\n\n{_objectives_table(name, report)}" for name in report["results"])
+    """The mixture at equal time, then at equal steps; then the shapes and the dimensions."""
+    results = report["results"]
+    tables = [_ratios(results[f"mixture, {budget}"], report["seconds_per_step"]) for budget in ("time", "steps")]
+    return "\n\n".join([*tables, _others(results)])
 
 
-def _objectives_table(name: str, report: dict[str, Any]) -> str:
-    results = report["results"][name]
+def _ratios(results: dict[str, Any], seconds_per_step: dict[str, float]) -> str:
+    """Posterior ratio of each objective at each t, the greatest of its seeds."""
     times = next(iter(results.values()))[0]["ratio"]
     rows = []
     for objective, runs in results.items():
         worst = [max(run["ratio"][t] for run in runs) for t in times]
         residual = sum(sum(run["semigroup"].values()) / len(times) for run in runs) / len(runs)
-        milliseconds = 1e3 * report["seconds_per_step"][objective]
-        steps = sum(run["steps"] for run in runs) / len(runs)
+        milliseconds, steps = 1e3 * seconds_per_step[objective], runs[0]["steps"]
         cells = [f"{ratio:.2f}" for ratio in worst]
-        rows.append([objective, *cells, f"{residual:.3f}", f"{milliseconds:.1f}", f"{steps:.0f}"])
+        rows.append([objective, *cells, f"{residual:.3f}", f"{milliseconds:.1f}", f"{steps}"])
     return markdown(["posterior ratio at t =", *times, "semigroup residual", "ms per step", "steps"], rows)
 
 
-def main(folder: Path = RESULTS) -> tuple[str, str]:
-    """The tables of the mixture and of the digits."""
-    mixture, digits = (json.loads((folder / f"{name}.json").read_text()) for name in ("mixture", "digits"))
-    return mixture_tables(mixture), digits_tables(digits)
+def _others(results: dict[str, Any]) -> str:
+    """Greatest posterior ratio over t on the shapes; greatest error of X over t in each dimension."""
+    shapes = [name for name in results if not name.startswith("mixture")]
+    dimensions = [name for name in results if name.startswith("mixture-")]
+    objectives = list(dict.fromkeys(objective for name in (*shapes, *dimensions) for objective in results[name]))
+    rows = []
+    for objective in objectives:
+        cells = []
+        for name in (*shapes, *dimensions):
+            run = results[name].get(objective, [None])[0]
+            found = run and run["error" if name in dimensions else "ratio"]
+            cells.append(f"{max(found.values()):.2f}" if found else "")
+        rows.append([objective, *cells])
+    header = [f"{name.split(',')[0]}: ratio" for name in shapes]
+    header += [f"D = {name.split(',')[0].removeprefix('mixture-')}: error" for name in dimensions]
+    return markdown(["worst over t", *header], rows)
+
+
+def main(folder: Path = RESULTS) -> tuple[str, ...]:
+    """The tables of the mixture, of the digits, and of the objectives where their report is there."""
+    makers = {"mixture": mixture_tables, "digits": digits_tables, "objectives": objectives_tables}
+    paths = {name: folder / f"{name}.json" for name in makers}
+    return tuple(maker(json.loads(paths[name].read_text())) for name, maker in makers.items() if paths[name].exists())
 
 
 if __name__ == "__main__":
