@@ -1,4 +1,4 @@
-"""Forward-mode derivatives at the price of about two forward passes.
+"""Forward-mode derivatives at the price of two to three forward passes, for networks of linear layers.
 
 Where an operation has a tensor with a tangent and one without, torch's own rules give the other a tangent of zeros,
 multiply by it and add the product: a linear layer then takes three products of matrices instead of two, and a pass
@@ -72,7 +72,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The derivative of (a − mean)/√(variance + eps) is a symmetric matrix: torch's backward kernel applies it to da."""
+    """The derivative of (a − mean)/√(variance + eps) is a symmetric matrix: torch's backward kernel applies it."""
     if weight is not None:  # under autocast they differ
         a, da = a.to(weight.dtype), da.to(weight.dtype)
     h, mean, rate = torch.native_layer_norm(a, shape, weight, bias, eps)

@@ -24,8 +24,8 @@ class MLP(nn.Module):
         mean: of the data, `(D,)`.
         cov: of the data, `(D, D)`, symmetric; eigenvalues below `min_std`² are raised to it.
         hidden: width; depth: number of hidden layers, >= 1.
-        normalise: a LayerNorm before each hidden layer but the first. From data, where the map is its own target,
-            training on images was seen to diverge without it; the 2-D mixture does not need it.
+        normalise: a LayerNorm before each hidden layer but the first. Without it, training from data, where the map is
+            its own target, was seen to diverge or to stay at the Gaussian's map.
         n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.
         reads_guidance: whether the guidance scale w is an input, as 1 − 1/w; None is w = 1.
         min_std: smallest standard deviation that a principal axis is given, > 0.

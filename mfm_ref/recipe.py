@@ -5,6 +5,7 @@ The stages of training are choices of its arguments. Plain flow matching is the 
 Each stage starts from the weights of the one before.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import check_finite, check_same_shape
+from mfm_ref.checks import check_finite, check_same_shape, check_time
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap
 from mfm_ref.gaussian import angle_of_time, gaussian_std, posterior_std
 from mfm_ref.interpolant import Drift, coupled_interpolants, glass_drift
@@ -110,6 +111,7 @@ CONSISTENCY: dict[str, Consistency] = {
 }
 
 
+# `balanced_times` with extra jumps from s = 0 in place of those to u = 1, for an objective that moves u.
 from_the_start = partial(balanced_times, start_rate=0.25, end_rate=0.0)
 
 
@@ -137,9 +139,9 @@ def meta_flow_map_loss(
 ) -> Tensor:
     """Diagonal plus consistency (E13 + E14) for one batch of data: half of the rows each, in one gradient pass.
 
-    Every residual is measured in units of c/S_s, the natural velocity of the auxiliary flow, with adaptive
-    weights. From data (`drift` None) the diagonal regresses onto x₁ − x̄₀ and the consistency is "self"; from a
-    drift both read E12.
+    Every residual is measured in units of its own natural size (c/S_s on the diagonal), with adaptive weights. From
+    data (`drift` None) the diagonal regresses onto x₁ − x̄₀ and the consistency is "self"; from a drift both read
+    E12, except that `shortcut` stays self and `mean_flow` reads data.
 
     Args:
         X: the map to train.
@@ -149,7 +151,8 @@ def meta_flow_map_loss(
         consistency: a name in `CONSISTENCY`, a function like those there, or None for the diagonal alone.
         self_taught: with a drift, keep it to the diagonal: the consistency stays "self".
         guidance: scales w >= 1 `(B,)` for model guidance (`guided_target`), or None. X must be a `FlowMap` whose
-            network reads them; needs labels, and a consistency that is self, as a teacher knows no guidance.
+            network reads them; needs labels, some of them dropped (the null class), and a consistency that is self,
+            as a teacher knows no guidance.
         data_var: variance of the data, mean over the coordinates.
         context: law of t, `context(n, generator=…) -> (n,)`; `no_context` for an ordinary flow map.
         times: law of the internal times, `times(t, std, generator=…) -> (2, B)`, s <= u. None for `balanced_times`,
@@ -164,16 +167,15 @@ def meta_flow_map_loss(
         the loss, `()`.
 
     Raises:
-        ValueError: fewer than two samples, data that is not finite, data_var out of range, a consistency that is
-            not known, or guidance without what it needs.
+        ValueError: fewer than two samples, data that are not finite or no floats, numbers out of range, a
+            consistency that is not known or returns something else, or guidance without what it needs.
     """
+    if not x1.is_floating_point() or len(x1) < 2:
+        raise ValueError(f"meta_flow_map_loss needs at least two samples of floats, got {len(x1)} of {x1.dtype}")
     check_finite(x1, "x1")
-    if len(x1) < 2:
-        raise ValueError(f"meta_flow_map_loss needs at least two samples, got {len(x1)}")
-    if not data_var > 0:
-        raise ValueError(f"data_var must be positive, got {data_var}")
-    if not consistency_weight > 0:
-        raise ValueError(f"consistency_weight must be positive, got {consistency_weight}")
+    for name, value in (("data_var", data_var), ("consistency_weight", consistency_weight)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     objective = _lookup(consistency)
     if times is None:
         times = from_the_start if objective is lagrangian else balanced_times
@@ -181,7 +183,9 @@ def meta_flow_map_loss(
     if guidance is not None:
         _check_guidance(X, guidance, y, teacher, objective)
 
-    t = context(len(x1), generator=generator).to(x1).clamp_max(LATEST_CONTEXT)
+    t = context(len(x1), generator=generator).to(x1)
+    check_time(t)
+    t = t.clamp_max(LATEST_CONTEXT)
     std = posterior_std(t, data_var)
     s, u = times(t, std, generator=generator).to(x1)
     x, z, velocity = coupled_interpolants(x1, s, t, generator=generator)
@@ -200,7 +204,7 @@ def meta_flow_map_loss(
     unit = velocity_size(s, std)
     size = unit
     if objective is not None:
-        jump, size_of_jump = objective(_guided(X, guidance, second), rows(second), teacher, generator)
+        jump, size_of_jump = _pair(objective(_guided(X, guidance, second), rows(second), teacher, generator))
         target, size = torch.cat([target, jump]), torch.cat([size[first], size_of_jump])
     check_same_shape(target=target, z=z)
     residual = _guided(X, guidance, slice(None)).velocity(s, u, z, t, x, y) - target.detach()
@@ -217,11 +221,17 @@ def meta_flow_map_loss(
 
 
 def _lookup(consistency: str | Consistency | None) -> Consistency | None:
-    if not isinstance(consistency, str):
-        return consistency
-    if consistency not in CONSISTENCY:
+    if isinstance(consistency, str):
+        consistency = CONSISTENCY.get(consistency, consistency)
+    if consistency is not None and not callable(consistency):
         raise ValueError(f"consistency must be a function or one of {', '.join(CONSISTENCY)}, got {consistency!r}")
-    return CONSISTENCY[consistency]
+    return consistency
+
+
+def _pair(returned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(f"a consistency must return (target, size of its residual), got {type(returned).__name__}")
+    return returned
 
 
 def _guided(X: MetaFlowMap, guidance: Tensor | None, part: slice) -> MetaFlowMap:
@@ -233,7 +243,8 @@ def _check_guidance(
 ) -> None:
     if not isinstance(X, FlowMap) or y is None:
         raise ValueError("guidance needs a FlowMap and class labels y")
-    if guidance.shape != y.shape:
-        raise ValueError(f"guidance must have the shape of y, {tuple(y.shape)}, got {tuple(guidance.shape)}")
+    if not isinstance(guidance, Tensor) or guidance.shape != y.shape:
+        got = tuple(guidance.shape) if isinstance(guidance, Tensor) else guidance
+        raise ValueError(f"guidance must have the shape of y, {tuple(y.shape)}, got {got}")
     if objective is not None and (teacher is not None or objective is mean_flow):
         raise ValueError("with guidance the consistency must be self: pass self_taught=True, and not mean_flow")

@@ -1,5 +1,7 @@
 """Laws of the times in training: small functions that return what the objectives take."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,12 @@ def logit_normal_times(
     """`count` times 1/(1 + e^−a), a ~ N(mean, std²), in rising order, `(count, n)`: few at the ends.
 
     Raises:
-        ValueError: counts below one, or std <= 0.
+        ValueError: counts below one, std <= 0, or a mean that is not finite.
     """
     check_count(n, "n")
     check_count(count, "count")
-    if not std > 0:
-        raise ValueError(f"std must be positive, got {std}")
+    if not (std > 0 and math.isfinite(mean)):
+        raise ValueError(f"std must be positive and mean finite, got {std} and {mean}")
     device = None if generator is None else generator.device
     normal = torch.randn((count, n), generator=generator, device=device)
     return torch.sigmoid(mean + std * normal).sort(0).values

@@ -216,7 +216,7 @@ def test_the_whole_diagonal_is_zero_at_the_fixed_point():
 @pytest.mark.parametrize("n", [6, 7])
 def test_scales_and_labels_go_to_the_half_of_their_rows(name, n):
     """Guided targets are made for the first half, jumps for the second, residuals for all: each call of the network
-    sees the labels and scales of its own rows, and the null class none."""
+    sees the labels and scales of its own rows, and the null class no label."""
     network = Ruled(law(), right)
     y, w = torch.arange(n) % (K + 1), 1 + torch.arange(n, dtype=torch.float64)
     options = {"consistency": name, "guidance": w, "generator": rng(0)}
@@ -225,7 +225,8 @@ def test_scales_and_labels_go_to_the_half_of_their_rows(name, n):
     (first, null), jumps, last = network.calls[:2], network.calls[2:-1], network.calls[-1]
     assert torch.equal(first[0], y[:half])
     assert torch.equal(first[1], w[:half])
-    assert null == (None, None)
+    assert null[0] is None
+    assert torch.equal(null[1], w[:half])
     assert jumps
     for labels, scales in jumps:
         assert torch.equal(labels, y[half:])
@@ -248,6 +249,33 @@ def test_with_a_teacher_the_jumps_of_a_guided_map_stay_its_own():
     assert meta_flow_map_loss(X, x1, y, **options) < 1e-16
     assert torch.equal(seen[0][0], w[4:])
     assert seen[0][1] is None
+
+
+def test_a_wrong_null_class_costs_at_every_scale():
+    """Rows of the null class regress onto b̄(∅) whatever their w. Against a target that reads the null class at w = 1,
+    this map would have no residual at any w > 1: its null drift is off by 3 at w = 1, and all else follows from that.
+    """
+    p1, off = law(), 3.0
+
+    class Unanchored(Ruled):
+        def velocity(self, s, u, z, t, context, y, guidance=None):
+            w = torch.ones_like(s) if guidance is None else guidance
+            null, w = super().velocity(s, u, z, t, context, None), w.unsqueeze(-1)
+            at_w = torch.where(w > 1, null - (w - 1) * off, null + off)
+            if y is None:
+                return at_w
+            b = super().velocity(s, u, z, t, context, y)
+            return torch.where((y == K).unsqueeze(-1), at_w, null + off + w * (b - null - off))
+
+    y, s, z, t, x, _ = batch(p1, 40)
+    w = 1.5 + torch.rand(40, generator=rng(7), dtype=torch.float64)
+    b = Ruled(p1, right)
+    exact = FlowMap(b).velocity(s, s, z, t, x, y)  # at w = 1: b̄(y), and b̄(∅) where y is the null class
+    X = FlowMap(Unanchored(p1, right))
+    residual = X.velocity(s, s, z, t, x, y, w) - guided_target(X, s, z, t, x, exact, y, w)
+    assert_close(residual[y == K], ((1 - w) * off).unsqueeze(-1)[y == K].expand(-1, 2), 1e-9, 10.0)
+    stale = exact + (1 - 1 / w).unsqueeze(-1) * (X.velocity(s, s, z, t, x, y, w) - X.velocity(s, s, z, t, x))
+    assert_close(X.velocity(s, s, z, t, x, y, w), stale, 1e-9, 10.0)
 
 
 # ---- errors --------------------------------------------------------------------------------------------

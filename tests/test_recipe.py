@@ -410,10 +410,19 @@ def test_the_generator_decides_every_draw():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"data_var": 0.0}, "data_var must be positive, got 0.0"),
-        ({"data_var": math.nan}, "data_var must be positive, got nan"),
-        ({"consistency_weight": 0.0}, "consistency_weight must be positive, got 0.0"),
-        ({"consistency_weight": -1.0}, "consistency_weight must be positive, got -1.0"),
+        ({"data_var": 0.0}, "data_var must be positive and finite, got 0.0"),
+        ({"data_var": math.nan}, "data_var must be positive and finite, got nan"),
+        ({"consistency_weight": 0.0}, "consistency_weight must be positive and finite, got 0.0"),
+        ({"consistency_weight": -1.0}, "consistency_weight must be positive and finite, got -1.0"),
+        ({"data_var": math.inf}, "data_var must be positive and finite, got inf"),
+        ({"p": -1.0}, "p must be >= 0 and c positive, got -1.0"),
+        ({"p_consistency": math.nan}, "p must be >= 0 and c positive, got nan"),
+        ({"context": lambda n, generator: torch.full((n,), 1.5)}, r"time t must lie in \[0, 1\]"),
+        ({"consistency": 3}, "a function or one of semigroup, shortcut, lagrangian, eulerian, mean_flow, got 3"),
+        (
+            {"consistency": lambda X, r, drift, generator: r.z},
+            r"must return \(target, size of its residual\), got Tensor",
+        ),
         ({"consistency": "eulerain"}, "one of semigroup, shortcut, lagrangian, eulerian, mean_flow, got 'eulerain'"),
     ],
 )
@@ -427,7 +436,8 @@ def test_settings_out_of_range_are_refused(options, match):
     [
         (torch.tensor([[0.0], [math.nan]]), "x1 must be finite, got 1 NaN or infinite"),
         (torch.tensor([[0.0], [math.inf]]), "x1 must be finite"),
-        (torch.zeros(1, 1), "at least two samples, got 1"),
+        (torch.zeros(1, 1), "at least two samples of floats, got 1"),
+        (torch.zeros(4, 1, dtype=torch.int64), "samples of floats, got 4 of torch.int64"),
     ],
 )
 def test_meta_flow_map_loss_refuses(x1, match):

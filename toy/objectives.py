@@ -8,7 +8,6 @@ and an unfinished one goes on from its last checkpoint, so that a run that was k
 """
 
 import dataclasses
-import json
 import math
 import multiprocessing
 import shutil
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from mfm_ref import MLP, ExactFlowMap, FlowMap, meta_flow_map_loss, train
 from mfm_ref.data import RandomBatches
-from mfm_ref.files import save_json
+from mfm_ref.files import load_json, save_json
 from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.interpolant import Drift
 from mfm_ref.recipe import no_context
@@ -90,7 +89,7 @@ OBJECTIVES = {
     "semigroup, data": Objective("semigroup", "data"),
     "mean flow, data": Objective("mean_flow", "data", 0.2),
 }
-DIMENSIONS = {"mixture-2": 2, "mixture-8": 8, "mixture-32": 32}
+DIMENSIONS = ("mixture-2", "mixture-8", "mixture-32")
 IN_DIMENSIONS = ("semigroup, teacher", "Eulerian, teacher", "semigroup, self", "semigroup, data")
 
 
@@ -112,15 +111,29 @@ class Job:
         return self.config.out / "jobs" / name
 
     @property
+    def settings(self) -> str:
+        """All that its numbers depend on."""
+        return repr(dataclasses.replace(self, config=dataclasses.replace(self.config, out=Path(), jobs=1)))
+
+    @property
     def result(self) -> dict[str, Any] | None:
-        """What `run` left, or None."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """What `run` left, or None. Raises ValueError for a result of other settings."""
+        return read(self.folder / "result.json", self.settings)
 
     @cached_property
     def law(self) -> Problem:
         """The data."""
         return problem(self.problem)
+
+
+def read(path: Path, settings: str) -> dict[str, Any] | None:
+    """A JSON file of these settings, None where there is none. Raises ValueError for other settings."""
+    if not path.exists():
+        return None
+    found = load_json(path)
+    if found.pop("settings", None) != settings:
+        raise ValueError(f"{path} belongs to a run with other settings: remove it or write elsewhere (--out)")
+    return found
 
 
 STAGES = {
@@ -133,8 +146,8 @@ STAGES = {
 def run(job: Job) -> dict[str, Any]:
     """Train, compare, write result.json; or read it, if the job had ended already."""
     torch.set_num_threads(1)
-    if job.result is not None:
-        return job.result
+    if (known := job.result) is not None:
+        return known
     began = time.process_time()
     X = train_job(job)
     seconds = time.process_time() - began
@@ -142,7 +155,7 @@ def run(job: Job) -> dict[str, Any]:
     if job.objective not in STAGES:
         result |= compare(job, X)
     X.save_pretrained(job.folder / "map")
-    save_json(result, job.folder / "result.json")
+    save_json({"settings": job.settings, **result}, job.folder / "result.json")
     shutil.rmtree(job.folder / "training")
     return result
 
@@ -173,7 +186,7 @@ def train_job(job: Job, steps: int | None = None) -> FlowMap:
     data = RandomBatches(lambda generator: law.sample(job.config.batch, generator), rng)
     settings = TrainConfig(steps=steps or job.steps, lr=job.config.lr, seed=job.seed, checkpoint_every=1000)
     folder = None if steps else job.folder / "training"
-    return train(X, loss, data, settings, folder=folder, tag=repr(job))[0]
+    return train(X, loss, data, settings, folder=folder, tag=job.settings)[0]
 
 
 def untrained(job: Job) -> FlowMap:
@@ -247,8 +260,8 @@ def error_of(X: FlowMap, law: Problem, n: int, rng: torch.Generator) -> dict[str
 def measure(config: ObjectivesConfig) -> dict[str, float]:
     """Seconds of one core that a step of each objective and of each stage takes: median of rounds, taken in turn."""
     path, n, rounds = config.out / "seconds_per_step.json", 20, 7
-    if path.exists():
-        found: dict[str, float] = json.loads(path.read_text())
+    settings = f"batch {config.batch}"
+    if (found := read(path, settings)) is not None:
         return found
     names = [*OBJECTIVES, "diagonal from a drift", "diagonal from data"]
     clock: dict[str, list[float]] = {name: [] for name in names}
@@ -259,7 +272,7 @@ def measure(config: ObjectivesConfig) -> dict[str, float]:
             train_job(job, n)
             clock[name].append((time.process_time() - began) / n)
     seconds = {name: statistics.median(values) for name, values in clock.items()}
-    save_json(seconds, path)
+    save_json({"settings": settings, **seconds}, path)
     return seconds
 
 
@@ -271,7 +284,7 @@ def jobs_of(config: ObjectivesConfig, seconds: dict[str, float]) -> list[list[Jo
     rest: list[Job] = []
 
     def add(name: str, budget: str, steps: int, objectives: Iterable[str], seeds: int = 1) -> None:
-        for seed in range(seeds):
+        for seed in range(config.seed, config.seed + seeds):
             for stage in STAGES:
                 if stage == "flow matching" and name not in SHAPES:
                     continue
@@ -280,7 +293,7 @@ def jobs_of(config: ObjectivesConfig, seconds: dict[str, float]) -> list[list[Jo
                 stage_job = Job(config, name, stage, seed, budget, math.ceil(n if whole else share * n))
                 (flows if whole else diagonals).append(stage_job)
             for objective in objectives:
-                if seed > 0 and OBJECTIVES[objective].source == "data":
+                if seed > config.seed and OBJECTIVES[objective].source == "data":
                     continue
                 n = config.seconds / seconds[objective] if budget == "time" else steps
                 rest.append(Job(config, name, objective, seed, budget, math.ceil((1 - share) * n)))
@@ -309,9 +322,11 @@ def run_all(config: ObjectivesConfig, rounds: list[list[Job]]) -> None:
 
 def main(config: ObjectivesConfig) -> dict[str, Any]:
     """The whole comparison; returns what report.json holds."""
+    if (config.device, config.threads) != ("cpu", 1):
+        raise ValueError("the comparison is by time on one core of a CPU: leave --device and --threads as they are")
     if config.fast:
         config = dataclasses.replace(config, **FAST)
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)
     began = time.perf_counter()
     seconds = measure(config)
     rounds = jobs_of(config, seconds)

@@ -59,7 +59,7 @@ def problem(name: str) -> Problem:
 
 
 def mixture_in(dim: int) -> GaussianMixture:
-    """Five components of covariance I/2 in random places, six apart on average, whatever the dimension."""
+    """Five components of covariance I/2 in random places; root mean square of their distances 6 in any dimension."""
     generator = torch.Generator().manual_seed(dim)
     means = torch.randn((5, dim), generator=generator) * math.sqrt(18 / dim)
     return GaussianMixture(torch.full((5,), 0.2), means, 0.5 * torch.eye(dim).repeat(5, 1, 1))
