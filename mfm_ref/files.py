@@ -29,29 +29,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, put in its place when the block ends well, else removed.
 
-    What the block wrote is on the disk, not only in its cache, before it gets its name.
+    What the block wrote is on the disk, not only in its cache, before it gets its name. A folder that was there is
+    moved aside by one rename and deleted last; a process that dies between two renames leaves it as .PID.old.NAME.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    old = _aside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
             _flush(part)
-        remove_folder(path)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a dead process with the same number
+            os.rename(path, old)
         os.rename(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Delete a folder, if it is there; a process that dies meanwhile leaves nothing half empty under its name."""
     if path.exists():
-        hidden = path.with_name(f".{os.getpid()}.old.{path.name}")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        old = _aside(path)
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{os.getpid()}.old.{path.name}")
 
 
 def _flush(path: Path) -> None:

@@ -30,17 +30,45 @@ NETWORKS: dict[str, Maker] = {"MLP": _mlp}  # those that `from_pretrained` knows
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
-    """Write a model's weights, and its config.json if its `network` has a `config`.
+    """Write a model's weights, and its config.json if its `network` has a `config`; a saved model is replaced whole.
+
+    Raises:
+        ValueError: a config that is no dict of JSON values, or a folder that holds something else, which would be lost.
+    """
+    if folder.exists():
+        others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
+        others = [name for name in others if name not in (WEIGHTS, CONFIG)]
+        if others:
+            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+            raise ValueError(
+                f"{folder} must be a new folder or hold a saved model alone, found {', '.join(others[:4])}{more}"
+            )
+    description = describe(model)
+    with atomic_folder(folder) as temporary:
+        if description is not None:
+            save_json(description, temporary / CONFIG)
+        save_weights(model, temporary / WEIGHTS)
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """What config.json says of a model, None if its `network` has no `config`.
 
     Raises:
         ValueError: a config that is no dict of JSON values.
     """
     network = getattr(model, "network", None)
     config = getattr(network, "config", None)
-    with atomic_folder(folder) as temporary:
-        if isinstance(config, dict):
-            save_json(_describe(type(network).__name__, config), temporary / CONFIG)
-        save_weights(model, temporary / WEIGHTS)
+    if not isinstance(config, dict):
+        return None
+    try:
+        same = json.loads(json.dumps(config, allow_nan=False)) == config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config of a network must be a dict of JSON values, got {config}: {error}") from error
+    if not same:
+        raise ValueError(
+            f"the config of a network must be the same when read back from JSON (lists, str keys): {config}"
+        )
+    return {"format": FORMAT, "network": type(network).__name__, "config": config}
 
 
 def load_network(folder: Path, network: Maker | None) -> nn.Module:
@@ -79,15 +107,3 @@ def load_model(model: nn.Module, folder: Path) -> None:
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)
     fill_weights(model, tensors, folder / WEIGHTS)
-
-
-def _describe(network: str, config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        same = json.loads(json.dumps(config, allow_nan=False)) == config
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the config of a network must be a dict of JSON values, got {config}: {error}") from error
-    if not same:
-        raise ValueError(
-            f"the config of a network must be the same when read back from JSON (lists, str keys): {config}"
-        )
-    return {"format": FORMAT, "network": network, "config": config}

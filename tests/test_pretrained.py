@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -88,11 +89,48 @@ def test_a_network_of_ones_own_comes_back_with_its_ties(tmp_path):
 
 def test_saving_replaces_what_was_there(tmp_path):
     mlp().save_pretrained(tmp_path / "map")
-    (tmp_path / "map" / "old.txt").touch()
     X = mlp(depth=2)
     X.save_pretrained(tmp_path / "map")
     assert torch.equal(velocities(FlowMap.from_pretrained(tmp_path / "map")), velocities(X))
     assert len(os.listdir(tmp_path / "map")) == 2
+    assert os.listdir(tmp_path) == ["map"]
+
+
+def test_saving_deletes_nothing_but_a_saved_model(tmp_path):
+    mlp().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "thesis.txt").write_text("the work of years")
+    with pytest.raises(ValueError, match=r"must be a new folder or hold a saved model alone, found thesis.txt$"):
+        mlp(depth=2).save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "the work of years"
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"found a, b, c, d and 2 more$"):
+        mlp().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"thesis.txt must be a new folder"):
+        mlp().save_pretrained(tmp_path / "thesis.txt")
+
+
+def test_a_saved_map_is_whole_while_its_predecessor_is_deleted(tmp_path, monkeypatch):
+    """Deleting takes long, so a process may die within; what one left that had this one's number is in no way."""
+    first, second, found = mlp(), mlp(depth=2), []
+    first.save_pretrained(tmp_path / "map")
+    left = tmp_path / f".{os.getpid()}.old.map"
+    left.mkdir()
+    (left / "config.json").touch()
+    delete = shutil.rmtree
+
+    def spy(path, **options):
+        found.append((path.exists(), FlowMap.from_pretrained(tmp_path / "map").network.config["depth"]))
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", spy)
+    second.save_pretrained(tmp_path / "map")
+    monkeypatch.undo()
+    assert found[-1] == (True, 2)
+    assert {depth for _, depth in found} == {first.network.config["depth"], 2}
+    assert os.listdir(tmp_path) == ["map"]
 
 
 def changed(folder, change):
