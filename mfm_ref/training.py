@@ -83,7 +83,7 @@ def train(
             stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))  # it cannot split forward derivatives
             module.compile(backend=config.compile)
         if world > 1:
-            module = DistributedDataParallel(module, broadcast_buffers=False)  # gives all the weights of rank 0
+            module = DistributedDataParallel(module, forward_sync_buffers=False)  # all begin with the tensors of rank 0
         run = Run(model, config, data, device, rank)
         newest = store.newest() if store else None
         if store and newest:

@@ -23,9 +23,10 @@ ROWS = 48  # whole epochs of 8 as of 16
 
 
 def model(seed: int) -> FlowMap:
-    """Random weights in float64, others in each process."""
+    """Random weights in float64, and a mean and a covariance, others in each process."""
     torch.manual_seed(seed)
-    X = FlowMap(MLP(torch.zeros(2).double(), torch.eye(2).double(), hidden=8, depth=2))
+    mean = torch.full((2,), float(seed)).double()
+    X = FlowMap(MLP(mean, (1.0 + seed) * torch.eye(2).double(), hidden=8, depth=2))
     nn.init.normal_(X.network.outlet.weight)
     return X
 
@@ -50,8 +51,8 @@ def loss(X: FlowMap, batch: tuple[Tensor, ...], rng: torch.Generator | None) -> 
 
 
 def weights(X: nn.Module) -> Tensor:
-    """All parameters in one tensor."""
-    return torch.cat([parameter.detach().flatten() for parameter in X.parameters()])
+    """All parameters and buffers in one tensor."""
+    return torch.cat([tensor.detach().flatten() for tensor in X.state_dict().values()])
 
 
 def trained(
@@ -82,7 +83,7 @@ def noise(process: Process) -> list[float]:
 
 
 def weights_with_graph(X: nn.Module) -> Tensor:
-    """As `weights`, to be differentiated."""
+    """All parameters in one tensor, to be differentiated."""
     return torch.cat([parameter.flatten() for parameter in X.parameters()])
 
 
