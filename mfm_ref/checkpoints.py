@@ -20,6 +20,7 @@ from mfm_ref.pretrained import WEIGHTS, save_model
 
 FORMAT = "mfm_ref checkpoint 1"
 KEPT = 2
+NAME = "step-" + 8 * "[0-9]"  # as a pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The checkpoint of the latest step, None where there is none."""
-        return max(self.folder.glob("step-*"), default=None)
+        return max(self.folder.glob(NAME), default=None)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint after `step` updates lies."""
@@ -60,9 +61,9 @@ class Checkpoints:
             raise OSError(
                 f"the checkpoint {path} could not be written; the last good one is {self.newest()}: {error}"
             ) from error
-        for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
+        for old in sorted(self.folder.glob(NAME))[:-KEPT]:
             remove_folder(old)
-        for left in self.folder.glob(".*.step-*"):  # by processes that died
+        for left in self.folder.glob(f".*.{NAME}"):  # by processes that died
             shutil.rmtree(left, ignore_errors=True)
         return path
 

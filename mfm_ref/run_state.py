@@ -33,12 +33,12 @@ class TrainConfig:
     """Settings of one run. A run goes on only with the settings that it began with, those of REPORTING excepted."""
 
     steps: int  # updates, >= 1
-    lr: float = 2e-3  # peak learning rate, > 0
+    lr: float = 2e-3  # learning rate that the warm-up and the schedule multiply, > 0
     optimizer: str = "adam"  # adam, adamw or radam; the last two decouple the weight decay from the gradient
     betas: tuple[float, float] = (0.9, 0.999)  # decay rates of the optimiser's moments, in [0, 1)
     weight_decay: float = 0.0  # >= 0
-    schedule: str = "cosine"  # after the warm-up: cosine, down to 0 at the last step, or constant
-    warmup: int = 100  # updates over which the rate rises linearly, >= 0
+    schedule: str = "cosine"  # or constant; the cosine falls from 1 at update 0 towards 0 after the last
+    warmup: int = 100  # updates over which a factor beside the schedule's rises linearly to 1, >= 0
     clip: float = 1.0  # largest norm of the gradient; 0 for any
     decay: float = 0.999  # of the averaged weights, in [0, 1); update k uses min(decay, (1+k)/(10+k))
     accumulate: int = 1  # batches to an update, >= 1
@@ -63,6 +63,14 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        try:
+            self._check_rates()
+        except TypeError as error:
+            names = ("lr", "weight_decay", "clip", "decay", "betas")
+            got = ", ".join(f"{name} = {getattr(self, name)!r}" for name in names)
+            raise ValueError(f"learning rate and decays must be numbers, and betas two of them, got {got}") from error
+
+    def _check_rates(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.clip < math.inf):
@@ -75,7 +83,10 @@ class TrainConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in REPORTING}
 
     def rate(self, k: int) -> float:
-        """Learning rate of update k = 0, 1, …, as a multiple of `lr`."""
+        """Learning rate of update k = 0, 1, …, as a multiple of `lr`: min(1, (k+1)/warmup) (1 + cos(πk/steps))/2.
+
+        With the constant schedule it is the first factor alone.
+        """
         rise = min(1.0, (k + 1) / max(self.warmup, 1))
         return rise * ((1 + math.cos(math.pi * k / self.steps)) / 2 if self.schedule == "cosine" else 1.0)
 
@@ -108,7 +119,7 @@ class Run(Generic[Model, Batch]):
             return next(self.batches)
         except StopIteration:
             need = self.config.steps * self.config.accumulate
-            raise ValueError(f"data must yield {need} batches, they ended at step {len(self.history)}") from None
+            raise ValueError(f"data must yield {need} batches, they ended before") from None
 
     def update(self, model: Model, loss: float) -> float:
         """One update of weights and averages by the gradients at hand; returns its learning rate."""

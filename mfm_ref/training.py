@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mfm_ref.checkpoints import Checkpoints
 from mfm_ref.distributed import mean_over_processes, rank_and_world
+from mfm_ref.pretrained import describe
 from mfm_ref.run_state import PRECISIONS, Batch, Model, Run, TrainConfig
 from mfm_ref.runlog import RunLog
 
@@ -32,7 +33,7 @@ def train(
     data: Iterable[Batch],
     config: TrainConfig,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     tag: str = "",
     callback: Callable[[Model, int], None] | None = None,
     progress: str | None = None,
@@ -63,14 +64,18 @@ def train(
 
     Raises:
         ValueError: a callback without config.sample_every, or TensorBoard without a folder; data that end too early;
-            a checkpoint that is damaged or of another run or model; with its step and the last good checkpoint, a
-            term of the loss or a gradient that is not finite.
+            a checkpoint that is damaged or of another run or model; with a folder, a network whose config JSON would
+            change; with its step and the last good checkpoint, a term of the loss or a gradient that is not finite, or
+            a ValueError of the loss's own.
         OSError: a checkpoint that could not be written; the one before it is as it was.
     """
     if config.tensorboard and folder is None:
         raise ValueError("tensorboard needs a folder")
     if callback is not None and not config.sample_every:
         raise ValueError("a callback needs sample_every >= 1 in the config, got 0")
+    if folder is not None:
+        folder = Path(folder)
+        describe(model)  # else the first checkpoint would refuse its config
     rank, world = rank_and_world()
     device = next(model.parameters()).device
     identity = {"tag": tag, "world": world, "config": config.identity()}
@@ -95,7 +100,10 @@ def train(
         stack.enter_context(bar)
         for k in range(first, config.steps):
             began = time.perf_counter()
-            terms = _backward(module, run)
+            try:
+                terms = _backward(module, run)
+            except ValueError as error:
+                raise ValueError(f"at step {k}: {error}; the last good checkpoint is {newest}") from error
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
             numbers, stopped = _read(terms, norm, stop.is_set())
             _check_finite(numbers, k, newest)

@@ -154,6 +154,28 @@ def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
     assert logged[0] == logged[1]
 
 
+def test_a_folder_may_be_a_string(tmp_path):
+    whole = run(str(tmp_path / "a"))
+    killed(str(tmp_path / "b"))
+    assert same(whole, run(str(tmp_path / "b")))
+    assert steps(tmp_path / "b") == [35, 40]
+
+
+def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
+    names = ("step-notes", "step-1", "step-000000099", ".my.step-notes")
+    for name in names:
+        (tmp_path / name).mkdir()
+    whole = run(None)
+    killed(tmp_path)
+    assert same(whole, run(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics.jsonl",
+        "step-00000035",
+        "step-00000040",
+        *names,
+    }
+
+
 def test_what_a_run_reports_may_change_on_the_way(tmp_path):
     whole = run(None)
     killed(tmp_path)
@@ -341,6 +363,28 @@ def test_data_whose_position_could_not_be_read_back_are_refused_at_the_start(tmp
 
     with pytest.raises(ValueError, match=r"must hold tensors and plain values alone, got .*Path"):
         run(tmp_path, data=lambda: Fancy(torch.zeros(50, 3), batch=16))
+
+
+def test_a_network_whose_config_json_changes_is_refused_at_the_start(tmp_path):
+    """Not by the first checkpoint, after hours."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Linear(1, 1)
+            self.network.config = {"sizes": (1, 2)}
+
+    calls = []
+
+    def loss(model, batch, rng):
+        calls.append(batch)
+        return model.network.weight.sum()
+
+    with pytest.raises(ValueError, match=r"the config of a network must be the same when read back"):
+        train(Model(), loss, itertools.count(), TrainConfig(steps=3), folder=tmp_path)
+    assert not calls
+    train(Model(), loss, itertools.count(), TrainConfig(steps=3))  # nothing is saved
+    assert len(calls) == 3
 
 
 def test_a_state_with_code_in_it_is_not_run(tmp_path):

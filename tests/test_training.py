@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mfm_ref import MLP, FlowMap, TrainConfig, meta_flow_map_loss, train
+from mfm_ref import MLP, FlowMap, RandomBatches, TrainConfig, meta_flow_map_loss, train
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import atomic_path, save_json, save_weights
 from tests.helpers import gaussian
@@ -261,6 +261,27 @@ def test_a_term_that_is_not_finite_is_named_with_the_last_good_checkpoint(tmp_pa
         train(Scalar(1.0), loss, [1.0] * 5 + [math.nan], config, folder=tmp_path)
 
 
+def test_a_loss_that_refuses_its_input_stops_with_step_and_last_good_checkpoint(tmp_path):
+    """The weights overflow, and the map refuses a state that it is given before there is a loss to look at."""
+    p1 = gaussian()
+    torch.manual_seed(0)
+    X = FlowMap(MLP(p1.mean.float(), p1.cov.float(), hidden=8, depth=3))
+    nn.init.normal_(X.network.outlet.weight)  # else the first update changes the last layer alone
+    data = RandomBatches(lambda rng: p1.sample(32, generator=rng).float(), torch.Generator().manual_seed(0))
+    config = TrainConfig(steps=9, lr=1e18, clip=0.0, warmup=0, checkpoint_every=1)
+    with pytest.raises(
+        ValueError, match=r"at step 1: the state z must be finite, .*; the last good .*/step-00000001$"
+    ) as stopped:
+        train(
+            X,
+            lambda X, x, rng: meta_flow_map_loss(X, x, consistency="semigroup", generator=rng),
+            data,
+            config,
+            folder=tmp_path,
+        )
+    assert isinstance(stopped.value.__cause__, ValueError)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_is_used():
     model = Scalar(0.0)
     with pytest.raises(ValueError, match="the gradient's norm at step 0 must be finite, got inf"):
@@ -297,6 +318,10 @@ def test_counts_are_checked(change):
         ({"decay": 1.0}, r"must lie in \[0, 1\)"),
         ({"betas": (0.9, 1.0)}, r"must lie in \[0, 1\)"),
         ({"betas": (0.9,)}, "betas .two."),
+        ({"betas": 0.9}, "must be numbers, and betas two of them, got lr = .*, betas = 0.9$"),
+        ({"betas": "ab"}, "must be numbers, and betas two of them"),
+        ({"lr": "a"}, "must be numbers, .* lr = 'a'"),
+        ({"clip": None}, "must be numbers, .* clip = None"),
         ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, radam, got 'sgd'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
@@ -323,7 +348,7 @@ def test_terms_of_a_loss_are_checked(value, message):
 
 
 def test_data_that_end_are_refused():
-    with pytest.raises(ValueError, match="data must yield 10 batches, they ended at step 3"):
+    with pytest.raises(ValueError, match=r"at step 3: data must yield 10 batches, they ended before; .* is None"):
         train(Scalar(), lambda m, b, rng: m.w, range(7), TrainConfig(steps=5, accumulate=2))
 
 
