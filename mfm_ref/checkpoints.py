@@ -63,9 +63,13 @@ class Checkpoints:
             ) from error
         for old in sorted(self.folder.glob(NAME))[:-KEPT]:
             remove_folder(old)
-        for left in self.folder.glob(f".*.{NAME}"):  # by processes that died
-            shutil.rmtree(left, ignore_errors=True)
+        self._clear()
         return path
+
+    def _clear(self) -> None:
+        """Delete what processes that died left half written or half deleted."""
+        for left in self.folder.glob(f".*.{NAME}"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def load(self, path: Path, model: nn.Module, average: nn.Module) -> dict[str, Any]:
         """Read weights into `model` and `average`, and return the state that was saved with them.
@@ -92,6 +96,7 @@ class Checkpoints:
             raise ValueError(f"the checkpoint {path} is damaged: state.pt cannot be read ({fault})") from error
         fill_weights(model, weights["model"], path / "model" / WEIGHTS)
         fill_weights(average, weights["ema"], path / "ema" / WEIGHTS)
+        self._clear()  # a finished run writes no more
         return state
 
     def _check_identity(self, path: Path, found: Any) -> None:

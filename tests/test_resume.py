@@ -134,6 +134,14 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "step-00000035", "step-00000040"}
 
 
+def test_what_a_process_left_that_died_after_its_last_checkpoint_is_cleared(tmp_path):
+    """Within the deletion of older ones, say: the run is finished, and no write comes that would clear it."""
+    run(tmp_path)
+    (tmp_path / ".77.old.step-00000028" / "model").mkdir(parents=True)
+    run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "step-00000035", "step-00000040"}
+
+
 def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path):
     """What the killed run logged beyond its checkpoint is logged anew, the line that it was writing too."""
     run(tmp_path / "whole")
