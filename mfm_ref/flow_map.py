@@ -141,10 +141,11 @@ class FlowMap(nn.Module):
         return unconditional_drift(self, t, x, y)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write weights and configuration to a folder, which is replaced whole: model.safetensors and config.json.
+        """Write weights and configuration to a folder, new or holding a saved model: model.safetensors, config.json.
 
         Raises:
-            ValueError: a network without `config`, a dict of JSON values (see `mfm_ref/pretrained.py`).
+            ValueError: a network without `config`, a dict of JSON values (see `mfm_ref/pretrained.py`), or a folder
+                that holds anything else.
         """
         if not isinstance(getattr(self.network, "config", None), dict):
             raise ValueError(f"a network that is saved needs a config, a dict; {type(self.network).__name__} has none")
