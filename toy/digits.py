@@ -164,7 +164,7 @@ def train_map(config: DigitsConfig, data: Digits) -> FlowMap:
     X = FlowMap(MLP(mean, cov, hidden=config.hidden, depth=3, normalise=True)).to(config.device)
 
     def loss(X: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
-        return meta_flow_map_loss(X, x1, data_var=variance, p=0.2, generator=rng)
+        return meta_flow_map_loss(X, x1, data_var=variance, p=0.2, p_consistency=0.2, generator=rng)
 
     settings = TrainConfig(steps=config.train_steps, lr=config.lr, seed=stream_of(config, 2))
     return train(X, loss, batches, settings, progress="train the map", **resumable(config, "map"))[0]

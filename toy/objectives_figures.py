@@ -7,7 +7,7 @@ from mfm_ref.figures import COLOURS, new_figure, save_figure
 
 SOURCES = {
     "teacher": "teacher: v_{s,s} is the drift (E12)",
-    "self": "self: v_{s,s} is the model's own",
+    "self": "self: model's own v_{s,s} in the consistency",
     "data": "from data alone",
 }
 STYLES = {
@@ -44,7 +44,7 @@ def draw_others(report: dict[str, Any], path: Path) -> None:
     names = [name for name in report["results"] if not name.startswith("mixture, ")]
     figure, axes = new_figure(2, 3, size=(3.4, 2.7))
     *panels, key = axes.flat
-    for ax, name in zip(panels, names, strict=False):
+    for ax, name in zip(panels, names, strict=True):
         of_shape = not name.startswith("mixture-")
         for objective, runs in report["results"][name].items():
             consistency, source = objective.split(", ")
