@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.autograd.forward_ad import dual_level
 from torch.nn.functional import layer_norm, linear
 from torch.overrides import TorchFunctionMode
 
@@ -30,10 +30,10 @@ def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Te
         value, slope = torch.func.jvp(f, at, along)[:2]
         return value, slope
     with dual_level():
-        arguments = [make_dual(a, tangent) for a, tangent in zip(at, along, strict=True)]
+        arguments = [_join(a, tangent) for a, tangent in zip(at, along, strict=True)]
         with SkipZeroTangents():
             result = f(*arguments)
-        value, slope = unpack_dual(result)
+        value, slope = _split(result)
         return value, torch.zeros_like(value) if slope is None else slope
 
 
@@ -42,26 +42,30 @@ class SkipZeroTangents(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call `func(a, b, …)` by its rule, or as torch does where it has none or there is no tangent to skip."""
+        first = FIRST.get(func)
+        if first is None or (kwargs and func is not layer_norm):
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
-        others = (*args[2:], *kwargs.values())
-        if func not in FIRST or (kwargs and func is not layer_norm) or any(_split(c)[1] is not None for c in others):
+        a, b, *others = args
+        (a, da), (b, db) = _split(a), _split(b)
+        if (da is None) is (db is None) or any(_split(c)[1] is not None for c in (*others, *kwargs.values())):
             return func(*args, **kwargs)
-        (a, da), (b, db) = _split(args[0]), _split(args[1])
-        if da is not None and db is None:
-            return _join(*FIRST[func](a, da, *args[1:], **kwargs))
-        if da is None and db is not None and func in SECOND:
-            return _join(*SECOND[func](a, b, db))
-        return func(*args)
+        if db is None:
+            return _join(*first(a, da, *args[1:], **kwargs))
+        second = SECOND.get(func)
+        return func(*args, **kwargs) if second is None else _join(*second(a, b, db))
 
 
+# torch.autograd.forward_ad's make_dual and unpack_dual, less their search for a graph that is being exported, which
+# takes longer than a small operation. Level 0 is the one that exists: torch refuses to nest them.
 def _split(a: Any) -> tuple[Any, Tensor | None]:
-    return unpack_dual(a) if isinstance(a, Tensor) else (a, None)
+    return torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None)
 
 
 def _join(value: Tensor, tangent: Tensor) -> Tensor:
     if tangent.shape != value.shape or tangent.dtype != value.dtype:
         tangent = tangent.to(value.dtype).expand(value.shape)
-    return make_dual(value, tangent)
+    return torch._VF._make_dual(value, tangent, level=0)
 
 
 def _layer_norm(
