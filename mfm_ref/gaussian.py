@@ -7,26 +7,30 @@ import torch
 from torch import Tensor
 
 
-def gaussian_posterior(t: Tensor, tx: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """E3 for N(mean, var): the posterior's mean m and variance c², from the product t·x.
+def gaussian_posterior(t: Tensor, tx: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E3 for N(mean, var), from the product t·x: the posterior's mean m and standard deviation c, and the evidence ξ.
 
-    m = mean + var (t x − t² mean)/den and c² = (1−t)² var/den, with den = t² var + (1−t)².
+    With den = t² var + (1−t)², the variance of x: ξ = (t x − t² mean)/√den, which is t times a standard normal; then
+    m = mean + var/√den ξ and c = (1−t) √(var/den).
 
     Args:
         t: time, in [0, 1]; tx: the product t·x; mean, var: of p₁, var > 0. Shapes broadcast.
     """
-    den = t**2 * var + (1 - t) ** 2
-    return mean + var * (tx - t**2 * mean) / den, (1 - t) ** 2 * var / den
+    std = var.sqrt()
+    root = torch.hypot(t * std, 1 - t)
+    evidence = (tx - t * t * mean) / root
+    return mean + var / root * evidence, (1 - t) * std / root, evidence
 
 
 def posterior_std(t: Tensor, var: Tensor | float) -> Tensor:
     """c_t = (1−t) √(var/(t² var + (1−t)²)): the size of one posterior of data of variance `var` per coordinate."""
-    return (1 - t) * (var / (t**2 * var + (1 - t) ** 2)) ** 0.5
+    std = var**0.5
+    return (1 - t) * std / torch.hypot(t * std, 1 - t)
 
 
-def gaussian_std(s: Tensor, var: Tensor) -> Tensor:
-    """S_s = √((1−s)² + s² var): the standard deviation of Ī_s (E9) when x₁ has variance `var`."""
-    return ((1 - s) ** 2 + s**2 * var).sqrt()
+def gaussian_std(s: Tensor, std: Tensor) -> Tensor:
+    """S_s = √((1−s)² + s² std²): the standard deviation of Ī_s (E9) when x₁ has standard deviation `std`."""
+    return torch.hypot(1 - s, s * std)
 
 
 def gaussian_velocity(s: Tensor, u: Tensor, z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -38,7 +42,7 @@ def gaussian_velocity(s: Tensor, u: Tensor, z: Tensor, mean: Tensor, var: Tensor
     Args:
         s, u: internal times in [0, 1]; z: the state at s; mean, var: of the target, var >= 0. Shapes broadcast.
     """
-    std_s, std_u = gaussian_std(s, var), gaussian_std(u, var)
+    std_s, std_u = gaussian_std(s, var.sqrt()), gaussian_std(u, var.sqrt())
     regular = std_s > 0
     slope = ((1 + var) * (s + u) - 2) / torch.where(regular, std_s * (std_s + std_u), 1.0)
     return mean + torch.where(regular, slope, 0.0) * (z - s * mean)

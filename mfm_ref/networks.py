@@ -79,7 +79,7 @@ class MLP(nn.Module):
         }
         self.n_classes = n_classes
         self.reads_guidance = reads_guidance
-        self.register_buffer("harmonics", torch.tensor(self.frequencies), persistent=False)
+        self.register_buffer("harmonics", torch.kron(torch.tensor(self.frequencies), torch.eye(3)), persistent=False)
         self.register_buffer("basis", basis)
         self.register_buffer("mean", mean @ basis)
         self.register_buffer("var", var.clamp_min(min_std**2))
@@ -103,25 +103,23 @@ class MLP(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels and guidance `(B,)` or None, to `(B, D)`."""
-        var = self.var.mean()
-        std = posterior_std(t, var).clamp_min(1e-6)  # an angle at s = t = 1 needs one
-        angles = angle_of_time(torch.stack([s, u, t], -1), torch.stack([std, std, var.sqrt().expand_as(std)], -1))
-        angles = self.harmonics.unsqueeze(-1) * angles.unsqueeze(1)  # (B, F, 3)
-        waves = torch.stack([angles.cos(), angles.sin()], 2).flatten(1)  # (B, 6F)
+        std = posterior_std(t, self.var.mean()).clamp_min(1e-6)  # an angle at s = t = 1 needs one
+        stds = torch.stack([std, std, self.var.mean().sqrt().expand_as(std)], -1)
+        angles = angle_of_time(torch.stack([s, u, t], -1), stds) @ self.harmonics  # (B, 3F)
+        waves = torch.cat([angles.cos().unflatten(1, (-1, 3)), angles.sin().unflatten(1, (-1, 3))], 2).flatten(1)
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
         z, tx = z @ self.basis, context @ self.basis
-        m, c2 = gaussian_posterior(t, tx, self.mean, self.var)
-        start, end = gaussian_std(s, c2).clamp_min(1e-12), gaussian_std(u, c2)  # S_s = 0 only at s = t = 1, where z = m
+        m, c, known = gaussian_posterior(t, tx, self.mean, self.var)
+        start, end = gaussian_std(s, c).clamp_min(1e-12), gaussian_std(u, c)  # S_s = 0 only at s = t = 1, where z = m
         standard = (z - s * m) / start
-        den = t**2 * self.var + (1 - t) ** 2
-        inputs = [standard, (tx - t**2 * self.mean) / den.sqrt(), waves]
+        inputs = [standard, known, waves]
         if self.reads_guidance:
             inputs.append(torch.zeros_like(s) if guidance is None else (1 - 1 / guidance).unsqueeze(-1))
         h = nn.functional.silu(self._labelled(self.inlet(torch.cat(inputs, -1)), y))
         for block in self.blocks:
             h = h + nn.functional.silu(block(h))
-        gaussian = m + ((1 + c2) * (s + u) - 2) / (start + end) * standard  # `gaussian_velocity`, from what is at hand
-        return (gaussian + c2.sqrt() / start * self.outlet(h)) @ self.basis.T
+        slope = ((1 + c * c) * (s + u) - 2) / (start + end)  # of `gaussian_velocity`, from what is at hand
+        return (m + slope * standard + c / start * self.outlet(h)) @ self.basis.T
 
     def _labelled(self, h: Tensor, y: Tensor | None) -> Tensor:
         if self.labels is None:

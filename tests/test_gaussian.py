@@ -37,18 +37,21 @@ def test_posterior_is_tweedies(t, var, seed):
         return (x + (1 - t) ** 2 * torch.func.grad(law.log_prob)(x)) / t
 
     expected_mean, slope = torch.func.jvp(denoiser, (x,), (torch.ones_like(x),))
-    m, variance = gaussian_posterior(t, t * x, mean, var)
+    m, std, evidence = gaussian_posterior(t, t * x, mean, var)
     assert_close(m, expected_mean, EXACT, 1 / t)
-    assert_close(variance, (1 - t) ** 2 / t * slope, EXACT, 1 / t)
-    assert_close(posterior_std(t, var) ** 2, variance, EXACT)
+    assert_close(std**2, (1 - t) ** 2 / t * slope, EXACT, 1 / t)
+    assert_close(posterior_std(t, var), std, EXACT)
+    law = torch.distributions.Normal(t * mean, torch.hypot((1 - t), t * var.sqrt()))
+    assert_close(torch.special.ndtr(evidence / t), law.cdf(x), EXACT)
 
 
 @given(ENDS, VARIANCES, SEEDS)
 def test_posterior_at_the_ends(t, var, seed):
     mean, x = randn(2, seed=seed)
-    m, variance = gaussian_posterior(number(t), t * x, mean, number(var))
+    m, std, evidence = gaussian_posterior(number(t), t * x, mean, number(var))
     assert_close(m, x if t else mean, 1e-14, 1 + x.abs() + mean.abs())
-    assert_close(variance, number(0.0 if t else var), 0.0)
+    assert_close(std, number(0.0 if t else math.sqrt(var)), 1e-15, 1 + var)
+    assert_close(evidence * math.sqrt(var), x - mean if t else number(0.0), 1e-14, 1 + x.abs() + mean.abs())
     assert_close(posterior_std(number(t), number(var)) ** 2, number(0.0 if t else var), 1e-14, 1 + var)
 
 
@@ -61,7 +64,7 @@ def test_velocity_transports_quantiles(first, second, var, seed):
     moved = z + (u - s) * gaussian_velocity(number(s), number(u), z, mean, number(var))
 
     def cdf(time: float, state: Tensor) -> float:
-        return stats.norm.cdf(float(state), time * float(mean), float(gaussian_std(number(time), number(var))))
+        return stats.norm.cdf(float(state), time * float(mean), float(gaussian_std(number(time), number(var).sqrt())))
 
     assert abs(cdf(u, moved) - cdf(s, z)) < 1e-12  # rounding of a number below 1
 
@@ -71,7 +74,7 @@ def test_gaussian_std_adds_the_variances(s, var):
     # x̄₀ and x₁ are independent, so the variance is a quadratic form in (1−s, s).
     weights = torch.tensor([1 - s, s], dtype=torch.float64)
     expected = weights @ torch.tensor([1.0, var], dtype=torch.float64).diag() @ weights
-    assert_close(gaussian_std(number(s), number(var)) ** 2, expected, 1e-14, 1 + expected)
+    assert_close(gaussian_std(number(s), number(var).sqrt()) ** 2, expected, 1e-14, 1 + expected)
 
 
 @given(TIMES, VARIANCES, SEEDS)
@@ -102,7 +105,7 @@ def test_angles_describe_the_auxiliary_path(s, var, seed):
     mean, noise, data = randn(3, seed=seed)
     angle = angle_of_time(s, std)
     assert 0 <= angle <= math.pi / 2
-    standard = ((1 - s) * noise + s * data - s * mean) / gaussian_std(s, std**2)
+    standard = ((1 - s) * noise + s * data - s * mean) / gaussian_std(s, std)
     assert_close(
         standard, angle.cos() * noise + angle.sin() * (data - mean) / std, EXACT, 1 + (data - mean).abs() / std
     )
