@@ -155,6 +155,21 @@ def glass_drift(drift: Drift, s: Time, z: Tensor, t: Time, x: Tensor, y: Tensor 
     Raises:
         ValueError: shapes that differ, or a time outside [0, 1].
     """
+    t_star, x_star, gain, pull = glass_statistic(s, z, t, x)
+    b = drift(t_star, x_star) if y is None else drift(t_star, x_star, y)
+    check_same_shape(drift=b, z=z)
+    return gain * b + pull
+
+
+def glass_statistic(s: Time, z: Tensor, t: Time, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E12: where `glass_drift` asks for b, and what it makes of it: b̄_s(z; t, x) = gain b_{t*}(x*) + pull.
+
+    Args:
+        s, z, t, x: as in `glass_drift`, with its errors.
+
+    Returns:
+        t* `(B,)`, x* `(B, *D)`, gain `(B, 1, …, 1)` and pull `(B, *D)`.
+    """
     _check_states(z=z, x=x)
     s, t = expand_time(s, z, "s"), expand_time(t, x, "t")
     of_x, of_z, p = t * (1 - s), s * (1 - t), (1 - t) * (1 - s)
@@ -165,7 +180,4 @@ def glass_drift(drift: Drift, s: Time, z: Tensor, t: Time, x: Tensor, y: Tensor 
     gain = torch.where(informed, (1 - t) / (q + p), 1.0)
     shrunk = t / (q + of_z) * (q + (1 - t)) * z
     pull = torch.where(informed, of_x / (q * (q + p)) * (x - shrunk), 0.0)
-    t_star = t_star.flatten()
-    b = drift(t_star, x_star) if y is None else drift(t_star, x_star, y)
-    check_same_shape(drift=b, z=z)
-    return gain * b + pull
+    return t_star.flatten(), x_star, gain, pull

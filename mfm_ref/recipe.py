@@ -16,7 +16,7 @@ from torch import Tensor
 from mfm_ref.checks import check_finite, check_same_shape, check_time
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap
 from mfm_ref.gaussian import angle_of_time, gaussian_std, posterior_std
-from mfm_ref.interpolant import Drift, coupled_interpolants, glass_drift
+from mfm_ref.interpolant import Drift, coupled_interpolants, glass_statistic
 from mfm_ref.objectives import (
     adaptive_weight,
     eulerian_target,
@@ -85,11 +85,11 @@ def mean_flow(X: MetaFlowMap, r: Rows, drift: Drift | None, generator: torch.Gen
 
 def velocity_size(s: Tensor, std: Tensor) -> Tensor:
     """c/S_s: the natural size, `(B,)`, of what data add to the auxiliary flow's velocity at s."""
-    return std / gaussian_std(s, std**2)
+    return std / gaussian_std(s, std)
 
 
 def _carried_size(r: Rows) -> Tensor:
-    return velocity_size(r.s, r.std) * gaussian_std(r.u, r.std**2) / gaussian_std(r.s, r.std**2)
+    return velocity_size(r.s, r.std) * gaussian_std(r.u, r.std) / gaussian_std(r.s, r.std)
 
 
 def damping(r: Rows) -> Tensor:
@@ -198,13 +198,16 @@ def meta_flow_map_loss(
 
     first, second = slice(None, half), slice(half, None)
     r = rows(first)
-    target = r.velocity if drift is None else glass_drift(drift, r.s, r.z, r.t, r.x, r.y)
-    if guidance is not None:
-        target = guided_target(X, r.s, r.z, r.t, r.x, target, r.y, guidance[first])  # type: ignore[arg-type]
+    b_bar = None if drift is None else _DiagonalDrift(drift, r)
     unit = velocity_size(s, std)
     size = unit
     if objective is not None:
-        jump, size_of_jump = _pair(objective(_guided(X, guidance, second), rows(second), teacher, generator))
+        shared = None if teacher is None else b_bar
+        jump, size_of_jump = _pair(objective(_guided(X, guidance, second), rows(second), shared, generator))
+    target = r.velocity if b_bar is None else b_bar.target()
+    if guidance is not None:
+        target = guided_target(X, r.s, r.z, r.t, r.x, target, r.y, guidance[first])  # type: ignore[arg-type]
+    if objective is not None:
         target, size = torch.cat([target, jump]), torch.cat([size[first], size_of_jump])
     check_same_shape(target=target, z=z)
     residual = _guided(X, guidance, slice(None)).velocity(s, u, z, t, x, y) - target.detach()
@@ -218,6 +221,31 @@ def meta_flow_map_loss(
 
     loss = mean_square(first, p)
     return loss if objective is None else loss + consistency_weight * mean_square(second, p_consistency)
+
+
+class _DiagonalDrift:
+    """A drift whose first call takes the diagonal's rows along: E12 on them then needs no batch of its own."""
+
+    def __init__(self, drift: Drift, r: Rows):
+        self.drift, self.labels = drift, () if r.y is None else (r.y,)
+        self.t, self.x, self.gain, self.pull = glass_statistic(r.s, r.z, r.t, r.x)
+        self.b: Tensor | None = None
+
+    def __call__(self, t: Tensor, x: Tensor, *y: Tensor) -> Tensor:
+        if self.b is not None:
+            return self.drift(t, x, *y)
+        x = torch.cat([self.x, x])
+        labels = (torch.cat(pair) for pair in zip(self.labels, y, strict=True))
+        b = self.drift(torch.cat([self.t, t]), x, *labels)
+        check_same_shape(drift=b, x=x)
+        self.b = b[: len(self.x)]
+        return b[len(self.x) :]
+
+    def target(self) -> Tensor:
+        """b̄_s(z; t, x) of the diagonal's rows, `(B, *D)`."""
+        b = self.drift(self.t, self.x, *self.labels) if self.b is None else self.b
+        check_same_shape(drift=b, x=self.x)
+        return self.gain * b + self.pull
 
 
 def _lookup(consistency: str | Consistency | None) -> Consistency | None:

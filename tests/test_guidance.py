@@ -215,14 +215,14 @@ def test_the_whole_diagonal_is_zero_at_the_fixed_point():
 @pytest.mark.parametrize("name", [name for name in CONSISTENCY if name != "mean_flow"])
 @pytest.mark.parametrize("n", [6, 7])
 def test_scales_and_labels_go_to_the_half_of_their_rows(name, n):
-    """Guided targets are made for the first half, jumps for the second, residuals for all: each call of the network
+    """Jumps are made for the second half, guided targets for the first, residuals for all: each call of the network
     sees the labels and scales of its own rows, and the null class no label."""
     network = Ruled(law(), right)
     y, w = torch.arange(n) % (K + 1), 1 + torch.arange(n, dtype=torch.float64)
     options = {"consistency": name, "guidance": w, "generator": rng(0)}
     meta_flow_map_loss(FlowMap(network), randn(n, 2, seed=1), y, **options)
     half = n // 2
-    (first, null), jumps, last = network.calls[:2], network.calls[2:-1], network.calls[-1]
+    *jumps, first, null, last = network.calls
     assert torch.equal(first[0], y[:half])
     assert torch.equal(first[1], w[:half])
     assert null[0] is None

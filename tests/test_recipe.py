@@ -82,7 +82,9 @@ def test_the_loss_and_its_gradient_by_hand(name, with_drift):
     size = unit
     if name is not None:
         r, given_drift, jump, size_of_jump = notes[0]
-        assert given_drift is drift
+        assert (given_drift is None) == (drift is None)
+        if drift is not None:
+            assert_close(given_drift(t, x), drift(t, x), 1e-12)
         for actual, expected in zip(r[:5], (s, u, z, t, x), strict=True):
             assert torch.equal(actual, expected[half:])
         assert_close(r.velocity, (x1 - z)[half:] / (1 - s[half:]).unsqueeze(-1), 1e-9, 1 + r.velocity.abs())
@@ -365,12 +367,63 @@ def test_a_consistency_of_ones_own_gets_rows_drift_and_generator():
         assert loss < 1e-12  # no residual in either half
         X, r, drift, generator = notes.pop()
         assert X is oracle
-        assert drift == expected
+        assert (drift is None) == (expected is None)
+        if expected is not None:
+            assert_close(drift(r.t, r.x), expected(r.t, r.x), 1e-12)
         assert generator is g
         assert r.y is None
         assert all(len(a) == 4 for a in r if a is not None)
     with pytest.raises(ValueError, match="same shape"):
         meta_flow_map_loss(oracle, x1, consistency=lambda X, r, drift, g: (r.z[:3], r.std), generator=g)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("name", "self_taught", "rows"),
+    [
+        ("eulerian", False, [7]),
+        ("lagrangian", False, [7]),
+        ("semigroup", False, [7, 4, 4, 4]),  # the stages of one Runge–Kutta step
+        ("shortcut", False, [3]),
+        ("mean_flow", False, [3]),
+        ("eulerian", True, [3]),
+        (None, False, [7]),
+    ],
+)
+def test_the_teacher_is_asked_once_for_both_halves(name, self_taught, rows, labelled):
+    """Three rows are on the diagonal, and go along with the first batch that the other four need, each with its own
+    label: the loss is that of two batches."""
+    means, seen = randn(7, 2, seed=3), []
+    y = torch.arange(7) if labelled else None  # no two rows have one law, N(means[y], I)
+
+    def drift(t, x, y=None):
+        seen.append(len(x))
+        t, mean = t.unsqueeze(-1), means[0] if y is None else means[y]
+        return mean + (2 * t - 1) / (t**2 + (1 - t) ** 2) * (x - t * mean)
+
+    def apart(X, r, given, generator):
+        return CONSISTENCY[name](X, r, given and drift, generator)
+
+    def loss(consistency):
+        options = {"drift": drift, "self_taught": self_taught, "times": balanced_times, "generator": rng(0)}
+        return meta_flow_map_loss(FlowMap(Bent(0.7)), randn(7, 2, seed=1), y, consistency=consistency, **options)
+
+    joined = loss(name)
+    assert seen == rows
+    if name is not None:
+        assert_close(joined.detach(), loss(apart).detach(), 1e-12)
+
+
+def test_a_drift_of_another_shape_is_refused():
+    for name in (None, "eulerian", "shortcut"):
+        with pytest.raises(ValueError, match="same shape"):
+            meta_flow_map_loss(
+                FlowMap(Bent(0.7)),
+                randn(6, 2, seed=1),
+                consistency=name,
+                drift=lambda t, x: x[..., :1],
+                generator=rng(0),
+            )
 
 
 def test_a_target_with_a_graph_is_cut_from_it():
