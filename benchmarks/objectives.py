@@ -29,7 +29,7 @@ from mfm_ref import MLP, FlowMap, coupled_interpolants, mean_flow_loss, velocity
 from mfm_ref.files import save_json
 from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.times import ordered_times
-from toy.common import ToyConfig, option, parse
+from toy.common import ToyConfig, option, parse, set_up_processor
 from toy.mixture import paper_mixture
 from toy.table import markdown
 
@@ -236,7 +236,7 @@ def main(config: BenchmarkConfig) -> dict[str, Any]:
     """Every measurement; returns what objectives.json holds."""
     if config.fast:
         config = dataclasses.replace(config, **FAST)
-    torch.set_num_threads(config.threads)
+    set_up_processor(config.threads)
     torch.manual_seed(config.seed)
     results = {}
     # Each objective is a version of one function; past the limit the rest would run uncompiled, without a word.

@@ -1,8 +1,10 @@
 """What the toy scripts share: a command line made from a dataclass, and its options."""
 
 import argparse
+import ctypes
 import dataclasses
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,9 +53,23 @@ def remove_checkpoints(config: ToyConfig) -> None:
     shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
 
 
+def set_up_processor(threads: int) -> None:
+    """Set torch's threads, and let Linux's allocator keep memory that a step frees, up to 1 GiB, for the next step.
+
+    By default it gives it back to the system, and a step of the toys' network spends 10 to 15 % of its time on page
+    faults for it.
+    """
+    torch.set_num_threads(threads)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**25)
+
+
 def start(config: ToyConfig) -> float:
-    """Set the threads and the seed of the initial weights; returns the time at the start, in seconds."""
-    torch.set_num_threads(config.threads)
+    """Set up the processor and the seed of the initial weights; returns the time at the start, in seconds."""
+    set_up_processor(config.threads)
     torch.manual_seed(config.seed)
     return time.perf_counter()
 
