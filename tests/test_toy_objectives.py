@@ -3,15 +3,21 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from mfm_ref import ExactFlowMap, GaussianMixture
+from mfm_ref.files import save_json
 from toy import table
 from toy.comparison import TIMES, posterior_ratio, rollout, semigroup_residual
-from toy.objectives import FAST, OBJECTIVES, STAGES, Job, ObjectivesConfig, jobs_of, main, run
+from toy.objectives import DIMENSIONS, FAST, OBJECTIVES, STAGES, Job, ObjectivesConfig, jobs_of, main, run
 from toy.objectives_figures import draw_objectives, draw_others
 from toy.problems import SHAPES, mixture_in, problem
 from toy.table import RESULTS
@@ -44,8 +50,12 @@ def test_every_objective_gets_its_seconds_or_its_steps():
         else:
             total = config.equal_steps if job.problem == "mixture" else config.other_steps
             assert 0 <= before.steps + job.steps - total < 2
-    seeds = {name: sorted(a.seed for a in rest if a.objective == name and a.budget == "time") for name in OBJECTIVES}
-    assert all(seeds[name] == ([0] if OBJECTIVES[name].source == "data" else [0, 1, 2]) for name in OBJECTIVES)
+    problems = ["mixture", *SHAPES, *DIMENSIONS]
+    plan = {(name, "time" if k == 0 else "steps") for k, name in enumerate(["mixture", *problems])}
+    assert {(a.problem, a.budget) for a in rest} == plan
+    for name, budget in plan:
+        ran = sorted((a.objective, a.seed) for a in rest if (a.problem, a.budget) == (name, budget))
+        assert ran == sorted((objective, seed) for objective in OBJECTIVES for seed in range(3))
 
 
 def test_folders_of_jobs_differ():
@@ -89,6 +99,44 @@ def test_objectives_of_a_seed_share_their_first_weights(tmp_path):
 def test_options_that_would_spoil_the_times_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="one core of a CPU"):
         main(dataclasses.replace(fast(tmp_path), **change))
+
+
+def _saved_and_gone(folder: Path, workers: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in workers) and any(folder.glob("jobs/*/training/step-*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from Linux's /proc")
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_trainings_save_and_end_with_the_process_that_started_them(tmp_path, sent):
+    """Whichever way that ends: those under way leave a checkpoint, and nothing runs on."""
+    config = dataclasses.replace(fast(tmp_path), seconds=1e5, jobs=2)
+    save_json(
+        {"settings": "batch 64", **dict.fromkeys((*OBJECTIVES, *STAGES), 1.0)}, tmp_path / "seconds_per_step.json"
+    )
+    code = f"from pathlib import PosixPath\nfrom toy.objectives import *\nif __name__ == '__main__': main({config!r})"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, script], stderr=log, env=environment)
+    try:
+        _until(lambda: any(tmp_path.glob("jobs/mixture-diagonal-*-time/training")), process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children]
+    finally:
+        process.send_signal(sent)
+        process.wait()
+    assert len(workers) >= 2
+    _until(lambda: _saved_and_gone(tmp_path, workers))
+
+
+def _until(condition, process=None) -> None:
+    """Wait for a condition, a minute at most, and no longer than a process runs."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not come within a minute"
+        assert process is None or process.poll() is None, "the process ended"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
