@@ -5,7 +5,7 @@ map always come in the order `(s, u, z, t, x, y)`. Docstrings cite the equations
 """
 
 from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, steer, value, value_gradient
-from mfm_ref.data import RandomBatches, TensorBatches
+from mfm_ref.data import RandomBatches, TensorBatches, WithProgress
 from mfm_ref.exact import ExactFlowMap
 from mfm_ref.finetuning import finetune_loss
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap, Network
@@ -59,6 +59,7 @@ __all__ = [
     "RandomBatches",
     "TensorBatches",
     "TrainConfig",
+    "WithProgress",
     "adaptive_weight",
     "coupled_interpolants",
     "denoiser",

@@ -3,7 +3,7 @@
 import io
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +47,45 @@ def check_position(position: dict[str, Any]) -> None:
 def stream_seed(*numbers: int) -> int:
     """One seed from several integers >= 0, such as (seed, rank): other numbers give an unrelated stream."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])  # (0,) is not (0, 0)
+
+
+class WithProgress(Generic[Batch]):
+    """`(batch, progress)` for each batch, with progress rising from 0 to 1: for a loss that changes on the way.
+
+    `annealed_times(n, progress)` trains short jumps first, for example.
+
+    Args:
+        data: endless batches that know their position.
+        total: how many of them the run takes, steps times accumulate, >= 1. Progress is k/(total − 1) at batch k.
+
+    Raises:
+        ValueError: data without a position, or a total below one.
+    """
+
+    def __init__(self, data: Iterator[Batch], total: int):
+        check_count(total, "total")
+        if not isinstance(data, Resumable):
+            raise ValueError(f"WithProgress needs data with state_dict and load_state_dict, got {type(data).__name__}")
+        self.data, self.total, self.drawn = data, total, 0
+
+    def __iter__(self) -> Iterator[tuple[Batch, float]]:
+        """The batches from here on."""
+        return self
+
+    def __next__(self) -> tuple[Batch, float]:
+        """One batch, and the progress before it."""
+        progress = min(self.drawn / max(self.total - 1, 1), 1.0)
+        self.drawn += 1
+        return next(self.data), progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the data, and the number of batches drawn."""
+        return {"data": cast(Resumable, self.data).state_dict(), "drawn": self.drawn}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from such a position."""
+        cast(Resumable, self.data).load_state_dict(state_dict["data"])
+        self.drawn = state_dict["drawn"]
 
 
 class RandomBatches(Generic[Batch]):

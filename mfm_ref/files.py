@@ -1,8 +1,10 @@
 """Files on disk: every one is written under a temporary name and then renamed, so none is ever half there."""
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +31,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, put in its place when the block ends well, else removed.
 
-    What the block wrote is on the disk, not only in its cache, before it gets its name. A folder that was there is
-    moved aside by one rename and deleted last; a process that dies between two renames leaves it as .PID.old.NAME.
+    What the block wrote is on the disk, not only in its cache, before it gets its name. A folder that was there
+    changes places with the new one, and is deleted last. Where the system cannot do that in one step, the old one is
+    moved aside first: a process that dies between the two renames leaves it as .PID.old.NAME.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -41,10 +44,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for part in (*temporary.rglob("*"), temporary):
             _flush(part)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a dead process with the same number
-            os.rename(path, old)
-        os.rename(temporary, path)
+        if not (path.exists() and _exchange(temporary, path)):
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of a dead process with the same number
+                os.rename(path, old)
+            os.rename(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,6 +66,15 @@ def remove_folder(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{os.getpid()}.old.{path.name}")
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Give each of two paths the other's name, in one step; False where the system or the disk cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def _flush(path: Path) -> None:

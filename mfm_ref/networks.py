@@ -79,7 +79,7 @@ class MLP(nn.Module):
         }
         self.n_classes = n_classes
         self.reads_guidance = reads_guidance
-        self.register_buffer("harmonics", torch.kron(torch.tensor(self.frequencies), torch.eye(3)), persistent=False)
+        self.register_buffer("harmonics", torch.tensor(self.frequencies), persistent=False)
         self.register_buffer("basis", basis)
         self.register_buffer("mean", mean @ basis)
         self.register_buffer("var", var.clamp_min(min_std**2))
@@ -105,8 +105,8 @@ class MLP(nn.Module):
         """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels and guidance `(B,)` or None, to `(B, D)`."""
         std = posterior_std(t, self.var.mean()).clamp_min(1e-6)  # an angle at s = t = 1 needs one
         stds = torch.stack([std, std, self.var.mean().sqrt().expand_as(std)], -1)
-        angles = angle_of_time(torch.stack([s, u, t], -1), stds) @ self.harmonics  # (B, 3F)
-        waves = torch.cat([angles.cos().unflatten(1, (-1, 3)), angles.sin().unflatten(1, (-1, 3))], 2).flatten(1)
+        angles = angle_of_time(torch.stack([s, u, t], -1), stds).unsqueeze(-1) * self.harmonics  # (B, 3, F)
+        waves = torch.cat([angles.cos().mT, angles.sin().mT], -1).flatten(1)  # (B, 6F)
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
         z, tx = z @ self.basis, context @ self.basis
         m, c, known = gaussian_posterior(t, tx, self.mean, self.var)

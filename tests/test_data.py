@@ -5,8 +5,18 @@ import itertools
 import pytest
 import torch
 
-from mfm_ref import RandomBatches, TensorBatches
+from mfm_ref import (
+    MLP,
+    FlowMap,
+    RandomBatches,
+    TensorBatches,
+    TrainConfig,
+    WithProgress,
+    meta_flow_map_loss,
+    train,
+)
 from mfm_ref.data import Resumable, stream_seed
+from mfm_ref.times import annealed_times
 
 
 def first(data, n):
@@ -60,6 +70,64 @@ def test_a_position_is_gone_back_to(n):
         again = make()
         again.load_state_dict(state)
         assert all(torch.equal(a, b) for (a,), (b,) in zip(rest, first(again, 8), strict=True))
+
+
+def test_progress_rises_from_zero_to_one_and_is_gone_back_to():
+    def make():
+        return WithProgress(TensorBatches(torch.arange(13.0), batch=4, seed=3), 5)
+
+    data = make()
+    whole = first(data, 7)
+    assert [progress for _, progress in whole] == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    plain = first(TensorBatches(torch.arange(13.0), batch=4, seed=3), 7)
+    assert all(torch.equal(x, y) for ((x,), _), (y,) in zip(whole, plain, strict=True))
+    assert next(iter(WithProgress(make().data, 1)))[1] == 0
+    data = make()
+    first(data, 2)
+    again = make()
+    again.load_state_dict(data.state_dict())
+    for ((x,), progress), ((y,), expected) in zip(first(again, 5), whole[2:], strict=True):
+        assert torch.equal(x, y) and progress == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_jumps_grow_with_the_progress_of_a_run_that_was_stopped(tmp_path, accumulate):
+    """Annealed pairs in the whole loss: no gap beyond the progress, all of it used, and so in the run that goes on."""
+    steps, gaps = 10, []
+
+    def loss(X, batch, generator):
+        x1, progress = batch
+
+        def times(t, std, generator):
+            s, u = annealed_times(len(t), progress, generator=generator)
+            gaps.append((progress, float((u - s).max())))
+            if len(gaps) == 7 * accumulate:
+                raise KeyboardInterrupt
+            return torch.stack([s, u])
+
+        return meta_flow_map_loss(X, x1, times=times, generator=generator)
+
+    def run():
+        draw = RandomBatches(lambda g: torch.randn(256, 2, generator=g), torch.Generator().manual_seed(0))
+        X = FlowMap(MLP(torch.zeros(2), torch.eye(2), hidden=8))
+        config = TrainConfig(steps=steps, accumulate=accumulate, checkpoint_every=3)
+        train(X, loss, WithProgress(draw, steps * accumulate), config, folder=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    stopped = len(gaps)
+    run()
+    expected = [k / (steps * accumulate - 1) for k in range(steps * accumulate)]
+    assert [progress for progress, _ in gaps[:stopped]] == expected[:stopped]
+    assert [progress for progress, _ in gaps[stopped:]] == expected[6 * accumulate :]
+    assert all(0.8 * progress <= gap <= progress for progress, gap in gaps)  # the largest of 256 gaps
+
+
+def test_progress_needs_a_position():
+    with pytest.raises(ValueError, match="needs data with state_dict and load_state_dict, got list"):
+        WithProgress([torch.zeros(3)], 5)
+    with pytest.raises(ValueError, match="total must be an integer >= 1"):
+        WithProgress(TensorBatches(torch.zeros(3), batch=1), 0)
 
 
 def test_streams_are_apart():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mfm_ref import MLP, FlowMap
+from mfm_ref import MLP, FlowMap, files
 from mfm_ref.files import save_weights
 
 
@@ -112,8 +112,37 @@ def test_saving_deletes_nothing_but_a_saved_model(tmp_path):
         mlp().save_pretrained(tmp_path / "thesis.txt")
 
 
-def test_a_saved_map_is_whole_while_its_predecessor_is_deleted(tmp_path, monkeypatch):
+def test_a_saved_map_has_its_name_at_every_moment(tmp_path, monkeypatch):
+    """No call that names or deletes anything leaves the name without a whole map, if the disk can exchange names."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.mkdir()
+    b.touch()
+    if not files._exchange(a, b):
+        pytest.skip("this disk cannot")
+    assert a.is_file() and b.is_dir()
+    mlp().save_pretrained(tmp_path / "map")
+    found = []
+
+    def spied(call):
+        def spy(*arguments, **options):
+            returned = call(*arguments, **options)
+            found.append(FlowMap.from_pretrained(tmp_path / "map").network.config["depth"])
+            return returned
+
+        return spy
+
+    for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree"), (files, "_exchange")):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    mlp(depth=2).save_pretrained(tmp_path / "map")
+    monkeypatch.undo()
+    assert found == sorted(found, reverse=True) and set(found) == {4, 2}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_saved_map_is_whole_while_its_predecessor_is_deleted(tmp_path, monkeypatch, exchanges):
     """Deleting takes long, so a process may die within; what one left that had this one's number is in no way."""
+    if not exchanges:  # as on a system that cannot
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     first, second, found = mlp(), mlp(depth=2), []
     first.save_pretrained(tmp_path / "map")
     left = tmp_path / f".{os.getpid()}.old.map"
