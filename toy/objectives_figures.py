@@ -40,7 +40,7 @@ def draw_objectives(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_others(report: dict[str, Any], path: Path) -> None:
-    """The shapes, and the error of the map as the dimension grows."""
+    """The shapes, and the error of the map as the dimension grows; means over seeds."""
     names = [name for name in report["results"] if not name.startswith("mixture, ")]
     figure, axes = new_figure(2, 3, size=(3.4, 2.7))
     *panels, key = axes.flat
@@ -49,8 +49,8 @@ def draw_others(report: dict[str, Any], path: Path) -> None:
         for objective, runs in report["results"][name].items():
             consistency, source = objective.split(", ")
             colour, marker, _ = STYLES[consistency]
-            found = runs[0]["ratio" if of_shape else "error"]
-            times, values = [float(t) for t in found], list(found.values())
+            found = [run["ratio" if of_shape else "error"] for run in runs]
+            times, values = [float(t) for t in found[0]], [sum(run[t] for run in found) / len(found) for t in found[0]]
             line = {"teacher": "-", "self": "--", "data": ":"}[source]
             ax.plot(times, values, line, marker=marker, color=COLOURS[colour], markersize=3, linewidth=1)
             key.plot([], [], line, marker=marker, color=COLOURS[colour], markersize=3, linewidth=1, label=objective)

@@ -99,7 +99,7 @@ def _ratios(results: dict[str, Any], seconds_per_step: dict[str, float]) -> str:
 
 
 def _others(results: dict[str, Any]) -> str:
-    """Greatest posterior ratio over t on the shapes; greatest error of X over t in each dimension."""
+    """Greatest posterior ratio over t and seeds on the shapes; greatest error of X likewise in each dimension."""
     shapes = [name for name in results if not name.startswith("mixture")]
     dimensions = [name for name in results if name.startswith("mixture-")]
     objectives = list(dict.fromkeys(objective for name in (*shapes, *dimensions) for objective in results[name]))
@@ -107,9 +107,9 @@ def _others(results: dict[str, Any]) -> str:
     for objective in objectives:
         cells = []
         for name in (*shapes, *dimensions):
-            run = results[name].get(objective, [None])[0]
-            found = run and run["error" if name in dimensions else "ratio"]
-            cells.append(f"{max(found.values()):.2f}" if found else "")
+            key = "error" if name in dimensions else "ratio"
+            worst = [max(run[key].values()) for run in results[name].get(objective, [])]
+            cells.append(f"{max(worst):.2f}" if worst else "")
         rows.append([objective, *cells])
     header = [f"{name.split(',')[0]}: ratio" for name in shapes]
     header += [f"D = {name.split(',')[0].removeprefix('mixture-')}: error" for name in dimensions]
