@@ -44,7 +44,7 @@ from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, sample, sample_posterior
 from mfm_ref.training import train
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MLP",
