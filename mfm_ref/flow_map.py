@@ -62,7 +62,8 @@ class MetaFlowMap(Protocol):
 class Network(Protocol):
     """What `FlowMap` wraps: one method on tensors, and two facts about it.
 
-    A network that also has `reads_guidance = True` gets one more argument, `guidance`: the scales `(B,)`, or None.
+    A network that also has `reads_guidance = True` gets one more argument, `guidance`: the scales `(B,)`, or None. To
+    be trained with it, a network also has `null_class`, the label that means the same as None.
     """
 
     shape: tuple[int, ...]  # *D
@@ -136,6 +137,14 @@ class FlowMap(nn.Module):
             raise ValueError("this network reads its context as x, not as t·x")
         return self._network(s, u, z, t, tx, y, guidance)
 
+    @property
+    def null_class(self) -> int:
+        """The label that means the same as None. Raises ValueError for a network that does not say."""
+        null = getattr(self.network, "null_class", None)
+        if null is None:
+            raise ValueError(f"guidance needs a network with a null_class; {type(self.network).__name__} has none")
+        return int(null)
+
     def drift(self, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The unconditional drift b_t(x) (E2), `(B, *D)`."""
         return unconditional_drift(self, t, x, y)
@@ -182,12 +191,17 @@ class FlowMap(nn.Module):
         check_finite(context, "the context")
         s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
         check_order(s, u)
-        scale = () if guidance is None else (self._scale(guidance, z),)
+        scale = () if guidance is None else (self.guidance_scale(guidance, z),)
         v: Tensor = self.network.velocity(s, u, z, t, context, y, *scale)  # type: ignore[operator]
         check_same_shape(velocity=v, z=z)
         return v
 
-    def _scale(self, guidance: Time, z: Tensor) -> Tensor:
+    def guidance_scale(self, guidance: Time, z: Tensor) -> Tensor:
+        """Guidance scales as the network gets them, `(B,)`.
+
+        Raises:
+            ValueError: a network that reads none, a shape other than () and (B,), or a scale below one.
+        """
         if not getattr(self.network, "reads_guidance", False):
             raise ValueError("this network has no guidance input, got guidance")
         w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device)

@@ -92,6 +92,11 @@ class MLP(nn.Module):
         self.labels = nn.Embedding(n_classes + 1, hidden) if n_classes else None
         self.to(mean.dtype)
 
+    @property
+    def null_class(self) -> int | None:
+        """The label that means the same as None; None without classes."""
+        return self.n_classes or None
+
     def velocity(
         self,
         s: Tensor,

@@ -113,7 +113,7 @@ def guided_target(
     they alone say what b̄(∅) is: drop some labels of every batch, 10 to 20 %.
 
     Args:
-        X: a map whose network reads guidance and labels, with None as the null class.
+        X: a map whose network reads guidance, and labels with a `null_class`. It is asked for both in one batch.
         target: x₁ − x̄₀ or E12 of the conditional drift, `(B, *D)`.
         y: class labels `(B,)`.
         guidance: scale w >= 1, `()` or `(B,)`. w = 1 leaves the target as it is.
@@ -122,10 +122,13 @@ def guided_target(
         ValueError: guidance below one, or a network that does not read it; shapes that differ.
     """
     check_same_shape(z=z, target=target)
+    w = X.guidance_scale(guidance, z)
+    s, t = expand_time(s, z, "s").flatten(), expand_time(t, x).flatten()
+    labels = torch.cat([y, torch.full_like(y, X.null_class)])
     with torch.no_grad():
-        excess = X.velocity(s, s, z, t, x, y, guidance) - X.velocity(s, s, z, t, x, None, guidance)
-    w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device).expand(len(z)).reshape(-1, *[1] * (z.ndim - 1))
-    return target + (1 - 1 / w) * excess
+        s, z, t, x, w_ = (torch.cat([a, a]) for a in (s, z, t, x, w))
+        conditional, null = X.velocity(s, s, z, t, x, labels, w_).chunk(2)
+    return target + (1 - 1 / w).reshape(-1, *[1] * (target.ndim - 1)) * (conditional - null)
 
 
 # ---- E14: consistency, s <= u --------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Ruled(nn.Module):
     `calls` keeps the labels and scales of every call.
     """
 
-    reads_tx, reads_guidance = True, True
+    reads_tx, reads_guidance, null_class = True, True, K
 
     def __init__(self, p1, rule):
         super().__init__()
@@ -215,18 +215,16 @@ def test_the_whole_diagonal_is_zero_at_the_fixed_point():
 @pytest.mark.parametrize("name", [name for name in CONSISTENCY if name != "mean_flow"])
 @pytest.mark.parametrize("n", [6, 7])
 def test_scales_and_labels_go_to_the_half_of_their_rows(name, n):
-    """Jumps are made for the second half, guided targets for the first, residuals for all: each call of the network
-    sees the labels and scales of its own rows, and the null class no label."""
+    """Jumps are made for the second half, guided targets for the first, with and without its labels in one batch,
+    residuals for all: each call of the network sees the labels and scales of its own rows."""
     network = Ruled(law(), right)
     y, w = torch.arange(n) % (K + 1), 1 + torch.arange(n, dtype=torch.float64)
     options = {"consistency": name, "guidance": w, "generator": rng(0)}
     meta_flow_map_loss(FlowMap(network), randn(n, 2, seed=1), y, **options)
     half = n // 2
-    *jumps, first, null, last = network.calls
-    assert torch.equal(first[0], y[:half])
-    assert torch.equal(first[1], w[:half])
-    assert null[0] is None
-    assert torch.equal(null[1], w[:half])
+    *jumps, first, last = network.calls
+    assert torch.equal(first[0], torch.cat([y[:half], torch.full((half,), K)]))
+    assert torch.equal(first[1], w[:half].repeat(2))
     assert jumps
     for labels, scales in jumps:
         assert torch.equal(labels, y[half:])
@@ -313,6 +311,14 @@ def test_a_network_without_guidance_refuses_it():
     ):
         with pytest.raises(ValueError, match="has no guidance input"):
             call()
+
+
+def test_a_network_that_does_not_say_its_null_class_cannot_be_trained_with_guidance():
+    network, z = Ruled(law(), right), randn(4, 2, seed=1)
+    network.null_class = None
+    FlowMap(network).velocity(0.1, 0.5, z, 0.4, z, Y, 2.0)
+    with pytest.raises(ValueError, match="guidance needs a network with a null_class; Ruled has none"):
+        guided_target(FlowMap(network), 0.1, z, 0.4, z, z, Y, 2.0)
 
 
 @pytest.mark.parametrize("target", [torch.zeros(2), torch.zeros(4, 1), torch.zeros(1, 2)])
