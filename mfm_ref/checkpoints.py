@@ -18,7 +18,7 @@ from torch import nn
 from mfm_ref.files import atomic_folder, fill_weights, load_json, read_weights, remove_folder, save_json
 from mfm_ref.pretrained import WEIGHTS, save_model
 
-FORMAT = "mfm_ref checkpoint 1"
+FORMAT = "mfm_ref checkpoint 2"  # 1, of mfm_ref 0.2, had other streams of random numbers
 KEPT = 2
 NAME = "step-" + 8 * "[0-9]"  # as a pattern
 

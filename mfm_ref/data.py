@@ -44,6 +44,10 @@ def check_position(position: dict[str, Any]) -> None:
         ) from error
 
 
+# What the streams of mfm_ref are for, as the third number of their seeds: none is one that `stream_seed(a, b)` gives.
+NOISE, GLOBAL, ORDER, LOADED = range(4)  # of the loss; torch's own source; of TensorBatches; of data without a position
+
+
 def stream_seed(*numbers: int) -> int:
     """One seed from several integers >= 0, such as (seed, rank): other numbers give an unrelated stream."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])  # (0,) is not (0, 0)
@@ -64,8 +68,11 @@ class WithProgress(Generic[Batch]):
 
     def __init__(self, data: Iterator[Batch], total: int):
         check_count(total, "total")
-        if not isinstance(data, Resumable):
-            raise ValueError(f"WithProgress needs data with state_dict and load_state_dict, got {type(data).__name__}")
+        if not (isinstance(data, Resumable) and isinstance(data, Iterator)):
+            raise ValueError(
+                "WithProgress needs an iterator with state_dict and load_state_dict, "
+                f"as TensorBatches is, got {type(data).__name__}"
+            )
         self.data, self.total, self.drawn = data, total, 0
 
     def __iter__(self) -> Iterator[tuple[Batch, float]]:
@@ -112,7 +119,9 @@ class RandomBatches(Generic[Batch]):
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Go on from such a state. Raises ValueError for the position of other data."""
+        if state_dict.keys() != {"generator"}:
+            raise ValueError(f"the position of RandomBatches must be a generator's state, got {sorted(state_dict)}")
         self.generator.set_state(state_dict["generator"])
 
 
@@ -156,7 +165,7 @@ class TensorBatches:
     def __next__(self) -> tuple[Tensor, ...]:
         """One batch."""
         if (self.position + 1) * self.batch * self.world > self.rows:
-            self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
+            self._go_to(self.epoch + 1, 0)
         first = (self.position * self.world + self.rank) * self.batch
         self.position += 1
         rows = self._order[first : first + self.batch]
@@ -164,13 +173,22 @@ class TensorBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, and the number of batches drawn from it."""
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, **self._layout()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from such a position."""
-        self.epoch, self.position = state_dict["epoch"], state_dict["position"]
+        """Go on from such a position. Raises ValueError for that of other data: rows, batch, seed or world differ."""
+        here = {name: state_dict.get(name) for name in self._layout()}
+        if here != self._layout():
+            raise ValueError(f"the position must be one of data with {self._layout()}, got {here}")
+        self._go_to(state_dict["epoch"], state_dict["position"])
+
+    def _layout(self) -> dict[str, int]:
+        return {"rows": self.rows, "batch": self.batch, "seed": self.seed, "world": self.world}
+
+    def _go_to(self, epoch: int, position: int) -> None:
+        self.epoch, self.position = epoch, position
         self._order = self._shuffled()
 
     def _shuffled(self) -> Tensor:
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, self.epoch, ORDER))
         return torch.randperm(self.rows, generator=generator)

@@ -85,21 +85,25 @@ def _layer_norm(
     return h, dh if weight is None else dh * weight
 
 
-# Value and tangent of an operation, where only its first operand has a tangent, and where only its second has.
+# Value and tangent of an operation, where only its first operand has a tangent, and where only its second has. Each
+# tangent is a tensor of its own: an operation in place on the result must not reach the operand's.
 FIRST: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     linear: lambda a, da, weight, bias=None: (linear(a, weight, bias), linear(da, weight)),
     layer_norm: _layer_norm,
     Tensor.matmul: lambda a, da, b: (a @ b, da @ b),
     Tensor.mul: lambda a, da, b: (a * b, da * b),
     Tensor.div: lambda a, da, b: (a / b, da / b),
-    Tensor.add: lambda a, da, b: (a + b, da),
-    Tensor.sub: lambda a, da, b: (a - b, da),
+    Tensor.add: lambda a, da, b: (a + b, da.clone()),
+    Tensor.sub: lambda a, da, b: (a - b, da.clone()),
     Tensor.__rsub__: lambda a, da, b: (b - a, -da),
 }
 SECOND: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     Tensor.matmul: lambda a, b, db: (a @ b, a @ db),
     Tensor.mul: lambda a, b, db: (a * b, a * db),
     Tensor.div: lambda a, b, db: (a / b, -a / b**2 * db),
-    Tensor.add: lambda a, b, db: (a + b, db),
+    Tensor.add: lambda a, b, db: (a + b, db.clone()),
     Tensor.sub: lambda a, b, db: (a - b, -db),
 }
+for name in ("matmul", "mul", "div", "add", "sub"):  # as functions, too
+    method, function = getattr(Tensor, name), getattr(torch, name)
+    FIRST[function], SECOND[function] = FIRST[method], SECOND[method]

@@ -84,7 +84,7 @@ class MLP(nn.Module):
         self.register_buffer("mean", mean @ basis)
         self.register_buffer("var", var.clamp_min(min_std**2))
         self.inlet = nn.Linear(2 * d + 6 * len(self.frequencies) + reads_guidance, hidden)
-        norm = nn.LayerNorm if normalise else nn.Identity
+        norm = _LayerNorm if normalise else nn.Identity
         self.blocks = nn.ModuleList(nn.Sequential(norm(hidden), nn.Linear(hidden, hidden)) for _ in range(depth - 1))
         self.outlet = nn.Linear(hidden, d)
         nn.init.zeros_(self.outlet.weight)  # at the start, the map of the Gaussian
@@ -134,3 +134,12 @@ class MLP(nn.Module):
         null = torch.full(h.shape[:1], self.n_classes, device=h.device)
         embedded: Tensor = self.labels(null if y is None else y)
         return h + embedded
+
+
+class _LayerNorm(nn.LayerNorm):
+    """LayerNorm that forward mode passes through when compiled, too: torch 2.13 cannot trace the affine kernel's."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(h)
+        return nn.functional.layer_norm(h, self.normalized_shape, eps=self.eps) * self.weight + self.bias

@@ -81,6 +81,9 @@ def load_network(folder: Path, network: Maker | None) -> nn.Module:
     Raises:
         ValueError: no or a damaged config.json, a network that is not known, or arguments that it does not take.
     """
+    for part in ("ema", "model"):
+        if not (folder / CONFIG).exists() and (folder / part / CONFIG).exists():
+            raise ValueError(f"{folder} is a checkpoint: its folder {part} holds a model")
     found = load_json(folder / CONFIG)
     if found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
         raise ValueError(f"{folder / CONFIG} must have the format {FORMAT!r} and a config, got {found}")
@@ -91,9 +94,15 @@ def load_network(folder: Path, network: Maker | None) -> nn.Module:
             "Give the class of any other: from_pretrained(path, network=MyNetwork)"
         )
     try:
-        return maker(**found["config"])
+        made = maker(**found["config"])
     except TypeError as error:
         raise ValueError(f"the config in {folder} must be the arguments of {found['network']}: {error}") from error
+    if getattr(made, "config", None) != found["config"]:
+        raise ValueError(
+            f"a network made from the config in {folder}, {found['config']}, must have the same config, "
+            f"got {getattr(made, 'config', None)}"
+        )
+    return made
 
 
 def load_model(model: nn.Module, folder: Path) -> None:

@@ -201,16 +201,17 @@ def meta_flow_map_loss(
     b_bar = None if drift is None else _DiagonalDrift(drift, r)
     unit = velocity_size(s, std)
     size = unit
-    if objective is not None:
-        shared = None if teacher is None else b_bar
-        jump, size_of_jump = _pair(objective(_guided(X, guidance, second), rows(second), shared, generator))
-    target = r.velocity if b_bar is None else b_bar.target()
-    if guidance is not None:
-        target = guided_target(X, r.s, r.z, r.t, r.x, target, r.y, guidance[first])  # type: ignore[arg-type]
-    if objective is not None:
-        target, size = torch.cat([target, jump]), torch.cat([size[first], size_of_jump])
-    check_same_shape(target=target, z=z)
-    residual = _guided(X, guidance, slice(None)).velocity(s, u, z, t, x, y) - target.detach()
+    with torch.no_grad():
+        if objective is not None:
+            shared = None if teacher is None else b_bar
+            returned = objective(_guided(X, guidance, second), rows(second), shared, generator)
+            jump, size_of_jump = _pair(returned, z[second], s[second])
+        target = r.velocity if b_bar is None else b_bar.target()
+        if guidance is not None:
+            target = guided_target(X, r.s, r.z, r.t, r.x, target, r.y, guidance[first])  # type: ignore[arg-type]
+        if objective is not None:
+            target, size = torch.cat([target, jump]), torch.cat([size[first], size_of_jump])
+    residual = _guided(X, guidance, slice(None)).velocity(s, u, z, t, x, y) - target
 
     def mean_square(part: slice, exponent: float) -> Tensor:
         # Δ counts in units of its own size, the velocity that it corrects in c/S_s: the gradient has one of each.
@@ -256,10 +257,18 @@ def _lookup(consistency: str | Consistency | None) -> Consistency | None:
     return consistency
 
 
-def _pair(returned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise ValueError(f"a consistency must return (target, size of its residual), got {type(returned).__name__}")
-    return returned
+def _pair(returned: tuple[Tensor, Tensor], z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(part, Tensor) for part in returned)):
+        raise ValueError(
+            "a consistency must return a pair of tensors, the target and the size of its residual, got "
+            f"{[type(part).__name__ for part in returned] if isinstance(returned, tuple) else type(returned).__name__}"
+        )
+    target, size = returned
+    check_same_shape(target=target, z=z)
+    check_same_shape(size=size, s=s)
+    if not torch.compiler.is_compiling() and not bool((size > 0).all()):
+        raise ValueError(f"the size of a residual must be positive, got {float(size.min())}")
+    return target, size
 
 
 def _guided(X: MetaFlowMap, guidance: Tensor | None, part: slice) -> MetaFlowMap:

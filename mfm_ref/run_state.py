@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mfm_ref.checkpoints import Checkpoints
 from mfm_ref.checks import check_count
-from mfm_ref.data import Resumable, check_position, stream_seed
+from mfm_ref.data import GLOBAL, LOADED, NOISE, Resumable, check_position, stream_seed
 from mfm_ref.distributed import gather
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,8 @@ class TrainConfig:
             check_count(getattr(self, name), name)
         for name in ("warmup", "seed", "sample_every"):
             check_count(getattr(self, name), name, 0)
+        if not isinstance(self.compile, str):
+            raise ValueError(f"compile must be the name of a backend, or empty, got {self.compile!r}")
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", ("cosine", "constant")),
@@ -95,9 +98,9 @@ class Run(Generic[Model, Batch]):
     """All that changes while a run goes on, apart from the model itself."""
 
     def __init__(self, model: Model, config: TrainConfig, data: Iterable[Batch], device: torch.device, rank: int):
-        torch.manual_seed(stream_seed(config.seed, rank, 1))
+        torch.manual_seed(stream_seed(config.seed, rank, GLOBAL))
         self.config, self.data, self.device, self.rank = config, data, device, rank
-        self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, rank))
+        self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, rank, NOISE))
         self.noise = None if config.compile else self.generator  # torch.compile cannot trace a generator
         self.optimizer = OPTIMIZERS[config.optimizer](
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
@@ -109,17 +112,30 @@ class Run(Generic[Model, Batch]):
         self.seconds = 0.0
         if isinstance(data, Resumable):
             check_position(data.state_dict())
-        self.batches: Iterator[Batch] | None = None if isinstance(data, Resumable) else iter(data)
+        self.batches: Iterator[Batch] | None = None
+        self.loaded = torch.Generator().manual_seed(stream_seed(config.seed, rank, LOADED)).get_state()
 
     def next_batch(self) -> Batch:
         """One batch."""
-        if self.batches is None:  # not before a position is restored
-            self.batches = iter(self.data)
+        with nullcontext() if isinstance(self.data, Resumable) else self._random_of_data():
+            if self.batches is None:  # not before a position is restored
+                self.batches = iter(self.data)
+            try:
+                return next(self.batches)
+            except StopIteration:
+                need = self.config.steps * self.config.accumulate
+                raise ValueError(f"data must yield {need} batches, they ended before") from None
+
+    @contextmanager
+    def _random_of_data(self) -> Iterator[None]:
+        """Torch's own source of the CPU is that of the data alone: drawn again from the start, they are the same."""
+        others = torch.get_rng_state()
+        torch.set_rng_state(self.loaded)
         try:
-            return next(self.batches)
-        except StopIteration:
-            need = self.config.steps * self.config.accumulate
-            raise ValueError(f"data must yield {need} batches, they ended before") from None
+            yield
+        finally:
+            self.loaded = torch.get_rng_state()
+            torch.set_rng_state(others)
 
     def update(self, model: Model, loss: float) -> float:
         """One update of weights and averages by the gradients at hand; returns its learning rate."""
@@ -158,12 +174,16 @@ class Run(Generic[Model, Batch]):
         self.history, self.seconds = state["history"].tolist(), state["seconds"]
         self.averaging.n_averaged.fill_(1 + len(self.history))
         own = state["processes"][self.rank]
+        if isinstance(self.data, Resumable) != ("data" in own):
+            kinds = ("an iterable without a position", "data that know their position")
+            there, here = kinds["data" in own], kinds[isinstance(self.data, Resumable)]
+            raise ValueError(f"a run goes on with the data that it began with: {there}; got {here}")
         if isinstance(self.data, Resumable):
             self.data.load_state_dict(own["data"])
         else:
             for _ in range(len(self.history) * self.config.accumulate):
                 self.next_batch()
-        self.generator.set_state(own["generator"])  # after the batches, which may draw from torch's own source
+        self.generator.set_state(own["generator"])
         torch.set_rng_state(own["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.device)

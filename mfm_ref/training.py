@@ -50,7 +50,8 @@ def train(
             torch's own source, seeded alike: torch.compile cannot trace a generator.
         data: endless batches of any type, on the model's device. If it has `state_dict` and `load_state_dict`
             (`mfm_ref.data`), a resumed run goes on from the saved position, else it begins anew and skips what the
-            run had seen: the caller passes the same data again, from their start.
+            run had seen: the caller passes the same data again, from their start. What these draw from torch's own
+            source on the CPU they draw from a stream of their own.
         config: the settings.
         folder: of metrics.jsonl and checkpoints, seen by all processes; None to write nothing. If it holds a
             checkpoint, the run goes on from the newest, on one CPU to the same numbers, bit for bit, as one that was
@@ -63,10 +64,10 @@ def train(
         the averaged model, in eval mode and without gradients, and the loss of each step.
 
     Raises:
-        ValueError: a callback without config.sample_every, or TensorBoard without a folder; data that end too early;
-            a checkpoint that is damaged or of another run or model; with a folder, a network whose config JSON would
-            change; with its step and the last good checkpoint, a term of the loss or a gradient that is not finite, or
-            a ValueError of the loss's own.
+        ValueError: a model without a parameter that requires a gradient; a callback without config.sample_every, or
+            TensorBoard without a folder; data that end too early; a checkpoint that is damaged or of another run, model
+            or kind of data; with a folder, a network whose config JSON would change; with its step and the last good
+            checkpoint, a term of the loss or a gradient that is not finite, or a ValueError of the loss's own.
         OSError: a checkpoint that could not be written; the one before it is as it was.
     """
     if config.tensorboard and folder is None:
@@ -77,8 +78,13 @@ def train(
         folder = Path(folder)
         describe(model)  # else the first checkpoint would refuse its config
     rank, world = rank_and_world()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "a model needs a parameter that requires a gradient, got none; what train returns has none: "
+            "go on with model.requires_grad_().train()"
+        )
     device = next(model.parameters()).device
-    identity = {"tag": tag, "world": world, "config": config.identity()}
+    identity = {"tag": tag, "world": world, "device": device.type, "config": config.identity()}
     store = None if folder is None else Checkpoints(folder, identity)
     with ExitStack() as stack:
         stack.enter_context(_random_kept(device))
@@ -86,7 +92,7 @@ def train(
         module: nn.Module = _LossModule(model, loss, PRECISIONS[config.precision])
         if config.compile:
             stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))  # it cannot split forward derivatives
-            module.compile(backend=config.compile)
+            module.compile(backend=config.compile, dynamic=False)  # torch.rand with a generator needs fixed sizes
         if world > 1:
             module = DistributedDataParallel(module, forward_sync_buffers=False)  # all begin with the tensors of rank 0
         run = Run(model, config, data, device, rank)
@@ -113,11 +119,11 @@ def train(
                 log.write({"step": k, **numbers, "loss": run.history[-1], "lr": rate, "seconds": run.seconds})
                 bar.set_postfix(loss=f"{run.history[-1]:.4f}")
             bar.update()
-            if callback and rank == 0 and (k + 1) % config.sample_every == 0 and not stopped:
-                with _random_kept(device):
-                    callback(run.average, k + 1)
             if store and (stopped or (k + 1) % config.checkpoint_every == 0 or k + 1 == config.steps):
                 newest = run.save(store, model)
+            if callback and rank == 0 and (k + 1) % config.sample_every == 0:
+                with _random_kept(device):
+                    callback(run.average, k + 1)
             if stopped:
                 raise SystemExit(0)
     return run.average, run.history
@@ -166,7 +172,7 @@ def _check_terms(terms: dict[str, Tensor]) -> None:
 
 
 def _read(terms: dict[str, Tensor], norm: Tensor, stop: bool) -> tuple[dict[str, float], bool]:
-    """The terms, the norm, and whether to stop, all at once, so that the device is waited for once a step.
+    """The terms, the norm, and whether to stop, all at once: the trainer waits for the device once a step.
 
     With several processes these are means, so that all see the same numbers and stop together.
     """

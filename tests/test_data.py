@@ -124,10 +124,50 @@ def test_jumps_grow_with_the_progress_of_a_run_that_was_stopped(tmp_path, accumu
 
 
 def test_progress_needs_a_position():
-    with pytest.raises(ValueError, match="needs data with state_dict and load_state_dict, got list"):
+    with pytest.raises(ValueError, match=r"needs an iterator with state_dict .* got list"):
         WithProgress([torch.zeros(3)], 5)
     with pytest.raises(ValueError, match="total must be an integer >= 1"):
         WithProgress(TensorBatches(torch.zeros(3), batch=1), 0)
+
+
+def test_no_stream_is_drawn_twice():
+    """The order of TensorBatches, the noise of the loss and a user's own data have one seed, but no stream, in
+    common: whole permutations and first draws would agree."""
+    seeds = []
+
+    def loss(X, batch, generator):
+        seeds.append((generator.initial_seed(), torch.initial_seed()))
+        return meta_flow_map_loss(X, batch[0], generator=generator)
+
+    rows = torch.randn(64, 2, generator=torch.Generator().manual_seed(9))
+    data = TensorBatches(rows, batch=64, seed=0)
+    (first_batch,) = next(data)
+    config = TrainConfig(steps=1, seed=0)
+    train(FlowMap(MLP(torch.zeros(2), torch.eye(2), hidden=8)), loss, data, config)
+    noise, source = seeds[0]
+    own = {stream_seed(0, rank) for rank in range(10)}
+    assert noise != source and not own & {noise, source}
+    for seed in (*own, noise, source):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+        assert not torch.equal(rows[order], first_batch)
+
+
+def test_positions_of_other_data_are_refused():
+    rows = torch.arange(12.0)
+    position = TensorBatches(rows, batch=4, seed=3).state_dict()
+    for other in (
+        TensorBatches(rows, batch=3, seed=3),
+        TensorBatches(rows, batch=4, seed=2),
+        TensorBatches(rows[:8], batch=4, seed=3),
+        TensorBatches(rows, batch=4, seed=3, world=2),
+    ):
+        with pytest.raises(ValueError, match="the position must be one of data with"):
+            other.load_state_dict(position)
+    drawn = RandomBatches(lambda g: torch.rand(3, generator=g), torch.Generator())
+    with pytest.raises(ValueError, match="must be a generator's state, got"):
+        drawn.load_state_dict(position)
+    with pytest.raises(ValueError, match="the position must be one of data with"):
+        TensorBatches(rows, batch=4).load_state_dict(drawn.state_dict())
 
 
 def test_streams_are_apart():

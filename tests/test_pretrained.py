@@ -162,6 +162,22 @@ def test_a_saved_map_is_whole_while_its_predecessor_is_deleted(tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["map"]
 
 
+def test_a_config_that_another_network_comes_of_is_refused(tmp_path):
+    FlowMap(Tied(5, scale=3.0)).save_pretrained(tmp_path / "map")
+    path = tmp_path / "map" / "config.json"
+    whole = json.loads(path.read_text())
+    del whole["config"]["scale"]
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"must have the same config, got .*'scale': 1.0"):  # the default
+        FlowMap.from_pretrained(tmp_path / "map", network=Tied)
+
+
+def test_a_checkpoint_says_where_its_models_are(tmp_path):
+    mlp().save_pretrained(tmp_path / "step-00000001" / "ema")
+    with pytest.raises(ValueError, match="step-00000001 is a checkpoint: its folder ema holds a model"):
+        FlowMap.from_pretrained(tmp_path / "step-00000001")
+
+
 def changed(folder, change):
     """Rewrite the weights of a saved map."""
     tensors = load_file(folder / "model.safetensors")

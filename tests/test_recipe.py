@@ -426,6 +426,43 @@ def test_a_drift_of_another_shape_is_refused():
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "self_taught"), [("eulerian", False), ("eulerian", True), ("shortcut", False), (None, False)]
+)
+def test_targets_are_made_without_a_graph(name, self_taught):
+    """Whatever a drift or a consistency of one's own does, and in whichever half."""
+    seen, X = [], FlowMap(Bent(0.7))
+
+    def drift(t, x):
+        seen.append(X.velocity(t, t, x, 0.0, x))
+        return seen[-1]
+
+    def own(X, r, b, generator):
+        seen.append(X.velocity(r.s, r.s, r.z, r.t, r.x))
+        return CONSISTENCY[name](X, r, b, generator)
+
+    consistency = None if name is None else own
+    meta_flow_map_loss(X, randn(8, 2, seed=1), drift=drift, consistency=consistency, self_taught=self_taught)
+    assert seen and not any(v.requires_grad for v in seen)
+
+
+@pytest.mark.parametrize(
+    ("size", "match"),
+    [
+        (1.0, r"got \['Tensor', 'float'\]"),
+        (torch.tensor(1.0), "same shape: size"),
+        (torch.ones(1), "same shape: size"),
+        (torch.ones(4, 1), "same shape: size"),
+        (torch.tensor([1.0, 1.0, 0.0, 1.0]), "size of a residual must be positive, got 0.0"),
+        (-torch.ones(4), "size of a residual must be positive, got -1.0"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(size, match):
+    size = size.double() if isinstance(size, torch.Tensor) else size
+    with pytest.raises(ValueError, match=match):
+        meta_flow_map_loss(FlowMap(Bent(0.7)), randn(8, 2, seed=1), consistency=lambda X, r, b, g: (r.z, size))
+
+
 def test_a_target_with_a_graph_is_cut_from_it():
     """From a consistency of one's own or a drift that is being trained: the gradient is that of the same numbers."""
 
@@ -474,7 +511,7 @@ def test_the_generator_decides_every_draw():
         ({"consistency": 3}, "a function or one of semigroup, shortcut, lagrangian, eulerian, mean_flow, got 3"),
         (
             {"consistency": lambda X, r, drift, generator: r.z},
-            r"must return \(target, size of its residual\), got Tensor",
+            "must return a pair of tensors, the target and the size of its residual, got Tensor",
         ),
         ({"consistency": "eulerain"}, "one of semigroup, shortcut, lagrangian, eulerian, mean_flow, got 'eulerain'"),
     ],

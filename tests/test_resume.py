@@ -56,6 +56,13 @@ def loader():
     return DataLoader(rows, batch_size=16, sampler=RandomSampler(rows, replacement=True, num_samples=640))
 
 
+def epochs():
+    """Shuffled by torch's own source at the start of each epoch, in the midst of the model's dropout."""
+    rows = TensorDataset(torch.randn(50, 3, generator=torch.Generator().manual_seed(1)))
+    while True:
+        yield from DataLoader(rows, batch_size=16, shuffle=True)
+
+
 def run(folder, *, at=None, happens=None, data=drawn, tag="", model=None, callback=None, **options):
     """40 steps of a noisy regression; at call number `at` of the loss, `happens` is called, or the run is killed."""
     torch.manual_seed(0)
@@ -93,7 +100,7 @@ def steps(folder):
 # ---- resuming --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [drawn, shuffled, plain, loader])
+@pytest.mark.parametrize("data", [drawn, shuffled, plain, loader, epochs])
 @pytest.mark.parametrize("at", [3, 7, 20, 39])
 def test_resumes_to_the_same_numbers(tmp_path, at, data):
     whole = run(None, data=data)
@@ -116,6 +123,14 @@ def test_resumes_whatever_the_settings(tmp_path, options):
     whole = run(None, data=shuffled, **options)
     killed(tmp_path, at=30, data=shuffled, **options)
     assert same(whole, run(tmp_path, data=shuffled, **options))
+
+
+@pytest.mark.parametrize(("before", "after"), [(drawn, plain), (plain, drawn), (shuffled, drawn), (drawn, shuffled)])
+def test_a_run_does_not_go_on_with_other_data(tmp_path, before, after):
+    killed(tmp_path, data=before)
+    with pytest.raises(ValueError, match=r"goes on with the data that it began with|position"):
+        run(tmp_path, data=after)
+    assert same(run(tmp_path, data=before), run(None, data=before))
 
 
 def test_a_finished_run_is_read_back(tmp_path):
@@ -316,12 +331,12 @@ def test_a_foreign_folder_is_refused(tmp_path):
     killed(tmp_path)
     path = tmp_path / "step-00000014" / "run.json"
     path.write_text('{"format": "something else"}')
-    with pytest.raises(ValueError, match="must be a checkpoint of the format 'mfm_ref checkpoint 1', got 'something"):
+    with pytest.raises(ValueError, match="must be a checkpoint of the format 'mfm_ref checkpoint 2', got 'something"):
         run(tmp_path)
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"run.json must hold a JSON object, got list"):
         run(tmp_path)
-    path.write_text('{"format": "mfm_ref checkpoint 1"}')
+    path.write_text('{"format": "mfm_ref checkpoint 2"}')
     with pytest.raises(ValueError, match=r"other settings"):
         run(tmp_path)
 
@@ -357,7 +372,8 @@ def test_a_checkpoint_of_another_model_is_refused_and_fills_nothing(tmp_path, mo
 
 def test_a_state_that_is_not_ours_is_refused(tmp_path):
     """Readable, and of the right size for what run.json says, but without what a run needs."""
-    store = Checkpoints(tmp_path, {"tag": "", "world": 1, "config": TrainConfig(steps=40).identity() | {"warmup": 5}})
+    identity = {"tag": "", "world": 1, "device": "cpu", "config": TrainConfig(steps=40).identity() | {"warmup": 5}}
+    store = Checkpoints(tmp_path, identity)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     store.save(7, model, model, {"optimizer": {}, "history": torch.zeros(7)})
     with pytest.raises(ValueError, match=r"must have \['processes', 'schedule', 'seconds'\] too"):

@@ -16,6 +16,7 @@ from torch import nn
 from mfm_ref import MLP, FlowMap, RandomBatches, TrainConfig, meta_flow_map_loss, train
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import atomic_path, save_json, save_weights
+from mfm_ref.recipe import CONSISTENCY
 from tests.helpers import gaussian
 
 
@@ -226,6 +227,42 @@ def test_a_compiled_loss_has_the_same_numbers():
     assert run("aot_eager") == pytest.approx(eager, rel=1e-9)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("name", CONSISTENCY)
+def test_every_objective_can_be_compiled(name, normalise, precision):
+    """One step has the loss of the same step uncompiled, whose noise comes from torch's source all the same."""
+    found = []
+    for backend in ("aot_eager", ""):
+        torch.manual_seed(0)
+        X = FlowMap(MLP(torch.zeros(2), torch.eye(2), hidden=8, depth=2, normalise=normalise))
+        nn.init.normal_(X.network.outlet.weight)
+
+        def loss(X, x1, generator):
+            return meta_flow_map_loss(X, x1, drift=lambda t, x: -x, consistency=name)
+
+        data = itertools.repeat(torch.randn(16, 2, generator=torch.Generator().manual_seed(2)))
+        with torch._dynamo.config.patch(recompile_limit=100):
+            found += train(X, loss, data, TrainConfig(steps=1, compile=backend, precision=precision))[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-4 if precision == "float32" else 0.1)
+
+
+def test_what_train_returns_can_be_trained_on():
+    """After what the error says."""
+
+    def go_on(model):
+        return train(model, lambda m, x, g: m.w, itertools.repeat(None), TrainConfig(steps=1))[0]
+
+    average = go_on(Scalar(1.0))
+    with pytest.raises(ValueError, match=r"requires a gradient, got none; .* model.requires_grad_\(\).train\(\)"):
+        go_on(average)
+    before = average.w.clone()
+    assert go_on(average.requires_grad_().train()) is not average
+    assert not torch.equal(average.w, before)
+    with pytest.raises(ValueError, match="requires a gradient, got none"):
+        go_on(nn.Identity())
 
 
 def test_a_compiled_loss_gets_no_generator():

@@ -1,4 +1,4 @@
-"""The README's tables, from the reports of a run: `python -m toy.table [FOLDER with mixture.json and digits.json]`."""
+"""The README's tables, from the reports of runs: `python -m toy.table [FOLDER]`, toy/results where none is given."""
 
 import json
 import sys
