@@ -40,6 +40,15 @@ def test_the_network_example_runs_as_printed():
     assert result.stdout.split("\n")[:2] == ["torch.Size([7, 3, 1, 4, 4])", "torch.Size([8, 1, 4, 4])"]
 
 
+def test_the_objective_example_runs_after_it():
+    code = "".join(README.split("```python")[k].split("```")[0] for k in (2, 3))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert re.fullmatch(r"tensor\(\d\.\d+\)", result.stdout.strip().splitlines()[-1])
+
+
 @pytest.mark.parametrize("rung", ["mixture", "digits"])
 def test_rungs_run_from_the_command_line(rung, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
