@@ -119,8 +119,8 @@ class FlowMap(nn.Module):
         self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None, guidance: Time | None = None
     ) -> Tensor:
         """v_{s,u}(z; t, x), `(B, *D)`."""
-        context = expand_time(t, x) * x if self.reads_tx else x
-        return self._network(s, u, z, t, context, y, guidance)
+        t = expand_time(t, x)
+        return self._network(s, u, z, t.flatten(), t * x if self.reads_tx else x, y, guidance)
 
     def from_tx(
         self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None, guidance: Time | None = None
@@ -135,7 +135,7 @@ class FlowMap(nn.Module):
         """v_{s,u} with the context given as t·x. Raises ValueError for a network that reads x instead."""
         if not self.reads_tx:
             raise ValueError("this network reads its context as x, not as t·x")
-        return self._network(s, u, z, t, tx, y, guidance)
+        return self._network(s, u, z, expand_time(t, tx).flatten(), tx, y, guidance)
 
     @property
     def null_class(self) -> int:
@@ -177,7 +177,7 @@ class FlowMap(nn.Module):
         return X
 
     def _network(
-        self, s: Time, u: Time, z: Tensor, t: Time, context: Tensor, y: Tensor | None, guidance: Time | None
+        self, s: Time, u: Time, z: Tensor, t: Tensor, context: Tensor, y: Tensor | None, guidance: Time | None
     ) -> Tensor:
         check_same_shape(z=z, x=context)
         if z.shape[1:] != self.shape:
@@ -189,7 +189,7 @@ class FlowMap(nn.Module):
             raise ValueError(f"labels y must have shape ({z.shape[0]},), got {getattr(y, 'shape', y)}")
         check_finite(z, "the state z")
         check_finite(context, "the context")
-        s, u, t = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u"), (t, "t")))
+        s, u = (expand_time(a, z, name).flatten() for a, name in ((s, "s"), (u, "u")))
         check_order(s, u)
         scale = () if guidance is None else (self.guidance_scale(guidance, z),)
         v: Tensor = self.network.velocity(s, u, z, t, context, y, *scale)  # type: ignore[operator]

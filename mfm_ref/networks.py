@@ -108,8 +108,9 @@ class MLP(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:
         """v_{s,u}: times `(B,)`, z and context t·x `(B, D)`, labels and guidance `(B,)` or None, to `(B, D)`."""
-        std = posterior_std(t, self.var.mean()).clamp_min(1e-6)  # an angle at s = t = 1 needs one
-        stds = torch.stack([std, std, self.var.mean().sqrt().expand_as(std)], -1)
+        var = self.var.mean()
+        std = posterior_std(t, var).clamp_min(1e-6)  # an angle at s = t = 1 needs one
+        stds = torch.stack([std, std, var.sqrt().expand_as(std)], -1)
         angles = angle_of_time(torch.stack([s, u, t], -1), stds).unsqueeze(-1) * self.harmonics  # (B, 3, F)
         waves = torch.cat([angles.cos().mT, angles.sin().mT], -1).flatten(1)  # (B, 6F)
         s, u, t = s.unsqueeze(-1), u.unsqueeze(-1), t.unsqueeze(-1)
