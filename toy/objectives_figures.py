@@ -6,8 +6,8 @@ from typing import Any
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 
 SOURCES = {
-    "teacher": "teacher: v_{s,s} is the drift (E12)",
-    "self": "self: model's own v_{s,s} in the consistency",
+    "teacher": "teacher: v_{s,s} by E12",
+    "self": "self: v_{s,s} of the model",
     "data": "from data alone",
 }
 STYLES = {
