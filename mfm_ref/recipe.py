@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import check_finite, check_same_shape, check_time
+from mfm_ref.checks import Time, check_finite, check_same_shape, check_time, expand_time
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap
 from mfm_ref.gaussian import angle_of_time, gaussian_std, posterior_std
 from mfm_ref.interpolant import Drift, coupled_interpolants, glass_statistic
@@ -232,12 +232,13 @@ class _DiagonalDrift:
         self.t, self.x, self.gain, self.pull = glass_statistic(r.s, r.z, r.t, r.x)
         self.b: Tensor | None = None
 
-    def __call__(self, t: Tensor, x: Tensor, *y: Tensor) -> Tensor:
-        if self.b is not None:
+    def __call__(self, t: Time, x: Tensor, *y: Tensor) -> Tensor:
+        if self.b is not None or len(y) != len(self.labels):
             return self.drift(t, x, *y)
+        times = torch.cat([self.t, expand_time(t, x).flatten()])
         x = torch.cat([self.x, x])
         labels = (torch.cat(pair) for pair in zip(self.labels, y, strict=True))
-        b = self.drift(torch.cat([self.t, t]), x, *labels)
+        b = self.drift(times, x, *labels)
         check_same_shape(drift=b, x=x)
         self.b = b[: len(self.x)]
         return b[len(self.x) :]

@@ -414,6 +414,29 @@ def test_the_teacher_is_asked_once_for_both_halves(name, self_taught, rows, labe
         assert_close(joined.detach(), loss(apart).detach(), 1e-12)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_consistency_of_ones_own_may_ask_the_teacher_as_it_likes(labelled):
+    """At one time for all rows, at more rows than its half has, without labels: the answers are the teacher's."""
+    y, found = torch.arange(6) if labelled else None, []
+
+    def drift(t, x, y=None):
+        shift = 0 if y is None else y.unsqueeze(-1)
+        return torch.as_tensor(t, dtype=x.dtype).reshape(-1, 1) * x + shift
+
+    def own(X, r, b, generator):
+        more = torch.cat([r.x, r.x])
+        arguments = [] if r.y is None else [r.y]
+        twice = [torch.cat([a, a]) for a in arguments]
+        for ask in ((0.3, r.x), (0.4, r.x, *arguments), (0.5, more, *twice)):
+            found.append((b(*ask), drift(*ask)))
+        return r.z, r.std
+
+    meta_flow_map_loss(FlowMap(Bent(0.7)), randn(6, 2, seed=1), y, drift=drift, consistency=own)
+    assert len(found) == 3
+    for answer, expected in found:
+        assert_close(answer, expected, 1e-12)
+
+
 def test_a_drift_of_another_shape_is_refused():
     for name in (None, "eulerian", "shortcut"):
         with pytest.raises(ValueError, match="same shape"):
