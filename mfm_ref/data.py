@@ -59,11 +59,11 @@ class WithProgress(Generic[Batch]):
     `annealed_times(n, progress)` trains short jumps first, for example.
 
     Args:
-        data: endless batches that know their position.
+        data: an iterator over endless batches that knows its position, as TensorBatches and RandomBatches are.
         total: how many of them the run takes, steps times accumulate, >= 1. Progress is k/(total − 1) at batch k.
 
     Raises:
-        ValueError: data without a position, or a total below one.
+        ValueError: anything else as data, or a total below one.
     """
 
     def __init__(self, data: Iterator[Batch], total: int):

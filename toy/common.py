@@ -56,8 +56,7 @@ def remove_checkpoints(config: ToyConfig) -> None:
 def set_up_processor(threads: int) -> None:
     """Set torch's threads, and let Linux's allocator keep memory that a step frees, up to 1 GiB, for the next step.
 
-    By default it gives it back to the system, and a step of the toys' network spends 10 to 15 % of its time on page
-    faults for it.
+    By default it gives it back to the system, and page faults for it take about a tenth of a step of the toys' network.
     """
     torch.set_num_threads(threads)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
