@@ -4,8 +4,10 @@ Conventions: noise at time 0, data at time 1. States are `(B, *D)`, times `()` o
 map always come in the order `(s, u, z, t, x, y)`. Docstrings cite the equations E1–E21 listed in README.md.
 """
 
-from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, steer, value, value_gradient
+from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, rows_within, value, value_gradient
+from mfm_ref.cost import Cost, evaluations
 from mfm_ref.data import RandomBatches, TensorBatches, WithProgress
+from mfm_ref.estimators import controlled_guidance, gradient_guidance, stein_guidance
 from mfm_ref.exact import ExactFlowMap
 from mfm_ref.finetuning import finetune_loss
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap, Network
@@ -24,6 +26,7 @@ from mfm_ref.interpolant import (
 from mfm_ref.metrics import mmd, sliced_wasserstein
 from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
+from mfm_ref.noise import posterior_noise
 from mfm_ref.objectives import (
     adaptive_weight,
     diagonal_loss,
@@ -41,13 +44,15 @@ from mfm_ref.objectives import (
 from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
-from mfm_ref.sampling import integrate, sample, sample_posterior
+from mfm_ref.sampling import integrate, log_snr_grid, sample, sample_posterior, time_grid
+from mfm_ref.steering import steer
 from mfm_ref.training import train
 
 __version__ = "0.3.0"
 
 __all__ = [
     "MLP",
+    "Cost",
     "ExactFlowMap",
     "FlowMap",
     "GaussianLikelihood",
@@ -61,6 +66,7 @@ __all__ = [
     "TrainConfig",
     "WithProgress",
     "adaptive_weight",
+    "controlled_guidance",
     "coupled_interpolants",
     "denoiser",
     "denoiser_to_drift",
@@ -72,20 +78,25 @@ __all__ = [
     "drift_to_score",
     "eulerian_loss",
     "eulerian_target",
+    "evaluations",
     "finetune_loss",
     "glass_drift",
+    "gradient_guidance",
     "guidance",
     "guided_target",
     "integrate",
     "interpolate",
     "lagrangian_loss",
     "lagrangian_target",
+    "log_snr_grid",
     "mean_flow_loss",
     "mean_flow_target",
     "meta_flow_map_loss",
     "mmd",
     "no_context",
     "noise_scale",
+    "posterior_noise",
+    "rows_within",
     "sample",
     "sample_posterior",
     "score_to_denoiser",
@@ -94,6 +105,8 @@ __all__ = [
     "semigroup_target",
     "sliced_wasserstein",
     "steer",
+    "stein_guidance",
+    "time_grid",
     "train",
     "value",
     "value_gradient",

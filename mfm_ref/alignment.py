@@ -1,15 +1,21 @@
-"""Reward alignment at inference: the value function, its gradient, and steered sampling (E5–E8, E15–E17, E20)."""
+"""Reward alignment at inference: the value function, its gradient and the drifts made of it (E7, E15–E17, E20).
 
-import math
-from collections.abc import Sequence
+Each function draws its posterior samples from a map; what is then made of the draws is in `estimators`.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from mfm_ref.checks import Reward, Time, check_count, check_finite, evaluate_reward, expand_time
+from mfm_ref.estimators import controlled_guidance, gradient_guidance, log_mean_exp, stein_guidance
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
-from mfm_ref.interpolant import noise_scale
-from mfm_ref.sampling import integrate, noise_like, sample_posterior, time_grid
+from mfm_ref.interpolant import denoiser_to_drift, noise_scale
+from mfm_ref.noise import posterior_noise
+from mfm_ref.sampling import sample_posterior
+
+METHODS = ("controlled", "gradient", "stein")
 
 
 def value(
@@ -19,6 +25,7 @@ def value(
     x: Tensor,
     n: int,
     *,
+    noise: str = "independent",
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
@@ -26,13 +33,14 @@ def value(
 ) -> Tensor:
     """E15: V̂_t(x) = log (1/n) Σ_i exp r(X_{0,1}(ε_i; t, x)), `(B,)`.
 
-    Arguments are those of `sample_posterior`; `reward` maps clean data `(B, *D)` to `(B,)`. Differentiable in
-    x. Its bias is −Var(e^r)/(2 n E[e^r]²) to first order.
+    `reward` maps clean data `(B, *D)` to `(B,)`; `noise` is a kind of `posterior_noise`; other arguments are those of
+    `sample_posterior`. Differentiable in x. Its bias is −Var(e^r)/(2 n E[e^r]²) to first order.
 
     Raises:
-        ValueError: from `sample_posterior`, or a reward of the wrong shape or not finite.
+        ValueError: from `sample_posterior` or `posterior_noise`, or a reward that does not fit (`evaluate_reward`).
     """
-    draws = sample_posterior(X, t, x, n, steps, y=y, eps=eps, generator=generator)
+    eps = _noises(n, x, noise, eps, generator)
+    draws = sample_posterior(X, t, x, n, steps, y=y, eps=eps)
     return log_mean_exp(rewards_of(reward, draws))
 
 
@@ -41,42 +49,51 @@ def rewards_of(reward: Reward, draws: Tensor) -> Tensor:
     return evaluate_reward(reward, draws.flatten(0, 1)).unflatten(0, draws.shape[:2])
 
 
-def log_mean_exp(r: Tensor) -> Tensor:
-    """log of the mean of e^r over the first dimension: `(n, B) -> (B,)`."""
-    return torch.logsumexp(r, 0) - math.log(len(r))
-
-
 def value_gradient(
     X: MetaFlowMap,
     reward: Reward,
     t: Time,
     x: Tensor,
     n: int,
-    method: str = "gradient",
+    method: str = "controlled",
     *,
+    noise: str = "sobol",
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
-    """∇V_t(x), `(B, *D)`, from n posterior draws: with the reward's gradient (E16) or without it (E17).
+    """∇V_t(x), `(B, *D)`, from n posterior draws.
 
-    "gradient" (MFM-G) differentiates E15 through the reward and the map. "stein" (MFM-GF) needs only the values
-    of the reward: ∇V = t/(1−t)² (E_w[x₁] − E[x₁]), with w the self-normalised weights e^{r_i}/Σ_j e^{r_j}.
-    Other arguments as in `sample_posterior`.
+    Args:
+        X: a Meta Flow Map.
+        reward: callable `(B, *D) -> (B,)`; differentiable unless the method is "stein".
+        t, x: time `()` or `(B,)` in [0, 1] (below 1 unless the method is "gradient"), and states `(B, *D)`.
+        n: posterior draws per state, >= 1.
+        method: "gradient" (E16, MFM-G): E15 differentiated through the reward and the map. "stein" (E17, MFM-GF):
+            ∇V = t/(1−t)² (E_w[x₁] − E[x₁]), for black boxes. "controlled": both, `controlled_guidance`.
+        noise: kind of the noises, see `posterior_noise`.
+        steps: evaluations of the map per draw, as in `sample_posterior`.
+        y: class labels `(B,)`, or None.
+        eps: the noises `(n, B, *D)`; drawn where None.
+        generator: source of the noises.
+        max_rows: most rows (of the n·B) in one call of the map, which bounds the memory; all of them where None.
+            The noises are drawn before, so it does not change the result but for rounding. See `rows_within`.
 
     Raises:
-        ValueError: an unknown method; a reward that does not fit (`evaluate_reward`) or, for "gradient", cannot
-            be differentiated; "stein" at t = 1.
+        ValueError: an unknown method or noise; a reward that does not fit (`evaluate_reward`) or, unless the method
+            is "stein", cannot be differentiated; t = 1 unless the method is "gradient"; counts below one.
     """
-    if method == "stein":
-        shift = _stein_shift(X, reward, t, x, n, steps=steps, y=y, eps=eps, generator=generator)
-        t = expand_time(t, x)
-        return t / (1 - t) ** 2 * shift
-    _check_method(method)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return _gradient(value(X, reward, t, x, n, steps=steps, y=y, eps=eps, generator=generator), x)
+    if method == "gradient":
+        eps = _noises(n, x, noise, eps, generator)
+        _, r, slopes = posterior_slopes(X, reward, t, x, eps, steps=steps, y=y, max_rows=max_rows)
+        return gradient_guidance(r, expand_time(t, x) * slopes if X.reads_tx else slopes)
+    g = guidance(
+        X, reward, t, x, n, method, noise=noise, steps=steps, y=y, eps=eps, generator=generator, max_rows=max_rows
+    )
+    t = expand_time(t, x)
+    return t / (1 - t) * g
 
 
 def guidance(
@@ -85,26 +102,31 @@ def guidance(
     t: Time,
     x: Tensor,
     n: int,
-    method: str = "gradient",
+    method: str = "controlled",
     *,
+    noise: str = "sobol",
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """(σ_t²/2) ∇V_t(x) (E7), `(B, *D)`, finite at t = 0 although σ² is not.
 
-    "gradient" differentiates with respect to t·x (`through_context`); "stein" is (E_w[x₁] − E[x₁])/(1−t) (E17).
-    Arguments and errors as in `value_gradient`; for a map that reads x itself, "gradient" refuses t = 0.
+    The reward is differentiated with respect to t·x (`guidance_factor`). Arguments and errors as in `value_gradient`;
+    for a map that reads x itself, "gradient" and "controlled" refuse t = 0.
     """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    eps = _noises(n, x, noise, eps, generator)
     if method == "stein":
-        shift = _stein_shift(X, reward, t, x, n, steps=steps, y=y, eps=eps, generator=generator)
-        return shift / (1 - expand_time(t, x))
-    _check_method(method)
-    with torch.enable_grad():
-        reader, context, factor = through_context(X, t, x)
-        v = value(reader, reward, t, context, n, steps=steps, y=y, eps=eps, generator=generator)
-        return factor * _gradient(v, context)
+        draws, r = posterior_rewards(X, reward, t, x, eps, steps=steps, y=y, max_rows=max_rows)
+        return stein_guidance(r, draws, t)
+    factor = guidance_factor(X, t, x)
+    draws, r, slopes = posterior_slopes(X, reward, t, x, eps, steps=steps, y=y, max_rows=max_rows)
+    if method == "gradient":
+        return gradient_guidance(r, factor * slopes)
+    return controlled_guidance(r, draws, factor * slopes, t)
 
 
 def doob_drift(
@@ -113,20 +135,36 @@ def doob_drift(
     t: Time,
     x: Tensor,
     n: int,
-    method: str = "gradient",
+    method: str = "controlled",
     *,
+    noise: str = "sobol",
+    rescale: bool = False,
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """E7: b*_t(x) = b_t(x) + (σ_t²/2) ∇V_t(x), estimated with n posterior draws; `(B, *D)`.
 
     With the exact ∇V it is the drift (E2) of the tilted law p* ∝ p₁ e^r. Arguments as in `value_gradient`.
+
+    Args:
+        rescale: b + ‖b‖ ∇V/‖∇V‖ instead, the paper's choice on ImageNet: as much guidance as drift, whatever the size
+            of the reward. It no longer targets p*.
     """
-    g = guidance(X, reward, t, x, n, method, steps=steps, y=y, eps=eps, generator=generator)
+    g = guidance(
+        X, reward, t, x, n, method, noise=noise, steps=steps, y=y, eps=eps, generator=generator, max_rows=max_rows
+    )
     with torch.no_grad():
-        return unconditional_drift(X, t, x, y) + g
+        b = unconditional_drift(X, t, x, y)
+        return b + (rescaled(g, b) if rescale else g)
+
+
+def rescaled(g: Tensor, b: Tensor) -> Tensor:
+    """g with the norm of b, sample by sample, `(B, *D)`; 0 where g is 0."""
+    norms = [a.flatten(1).norm(dim=1).reshape(-1, *[1] * (a.ndim - 1)) for a in (b, g)]
+    return g * torch.where(norms[1] > 0, norms[0] / torch.where(norms[1] > 0, norms[1], 1.0), 0.0)
 
 
 def denoiser(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -137,81 +175,145 @@ def denoiser(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Ten
 def dps_drift(X: MetaFlowMap, reward: Reward, t: Time, x: Tensor, *, y: Tensor | None = None) -> Tensor:
     """E20, the DPS baseline: b_t(x) + (σ_t²/2) ∇_x r(D_t(x)), the reward of the posterior's mean; `(B, *D)`.
 
-    D is read off the context (`denoiser`), so t = 0 is finite as in `guidance`. Errors as there.
-    """
-    with torch.enable_grad():
-        reader, context, factor = through_context(X, t, x)
-        g = factor * _gradient(evaluate_reward(reward, denoiser(reader, t, context, y)), context)
-    with torch.no_grad():
-        return unconditional_drift(X, t, x, y) + g
-
-
-def steer(
-    X: MetaFlowMap,
-    reward: Reward,
-    n_samples: int,
-    *,
-    n: int = 16,
-    steps: int = 250,
-    times: Sequence[float] | None = None,
-    method: str = "gradient",
-    dynamics: str = "ode",
-    y: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    progress: str | None = None,
-) -> Tensor:
-    """E7, E8: samples of the tilted law p* ∝ p₁ e^r, by the Doob ODE or the Doob SDE from t = 0 to 1.
-
-    Args:
-        X: a Meta Flow Map.
-        reward: callable `(B, *D) -> (B,)`; differentiable for method "gradient".
-        n_samples: number of samples, >= 1.
-        n: posterior draws per step and sample, >= 1.
-        steps: number of steps of a uniform grid.
-        times: another grid, rising from 0 to 1, in place of `steps`.
-        method: "gradient" (E16) or "stein" (E17).
-        dynamics: "ode" (E7) or "sde" (E8); see `integrate`.
-        y: class labels `(n_samples,)`, or None.
-        generator: source of all noise.
-        progress: label of a progress bar; none where None.
-
-    Returns:
-        samples `(n_samples, *D)`.
+    D is read off the context (`denoiser`), so t = 0 is finite as in `guidance`; b = (D − x)/(1−t) is the same
+    evaluation.
 
     Raises:
-        ValueError: from `integrate` and `value_gradient`.
+        ValueError: as in `guidance`, and at t = 1.
     """
-    check_count(n_samples, "n_samples")
+    factor = guidance_factor(X, t, x)
+    with torch.enable_grad():
+        reader, context = through_context(X, t, x)
+        denoised = denoiser(reader, t, context, y)
+        slope = _gradient(evaluate_reward(reward, denoised), context)
+    return denoiser_to_drift(denoised.detach(), t, x.detach()) + factor * slope
 
-    def drift(t: float, x: Tensor) -> Tensor:
-        return doob_drift(X, reward, t, x, n, method, y=y, generator=generator)
 
-    x = noise_like(X, n_samples, generator=generator)
-    grid = time_grid(steps) if times is None else times
-    return integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)
+# ---- posterior draws and their rewards -----------------------------------------------------------------
+
+
+def posterior_rewards(
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    eps: Tensor,
+    *,
+    steps: int = 1,
+    y: Tensor | None = None,
+    max_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws X_{0,1}(ε_i; t, x), `(n, B, *D)`, and their rewards `(n, B)`, without a graph.
+
+    Arguments as in `value_gradient`, with the noises eps `(n, B, *D)`. Errors as there.
+    """
+    pieces = []
+    for noise, time, context, labels in _chunks(t, x, eps, y, max_rows):
+        with torch.no_grad():
+            draws = sample_posterior(X, time, context, 1, steps, y=labels, eps=noise)[0]
+            pieces.append((draws, evaluate_reward(reward, draws)))
+    draws, r = (torch.cat(parts).unflatten(0, eps.shape[:2]) for parts in zip(*pieces, strict=True))
+    return draws, r
+
+
+def posterior_slopes(
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    eps: Tensor,
+    *,
+    steps: int = 1,
+    y: Tensor | None = None,
+    max_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws `(n, B, *D)`, their rewards `(n, B)`, and the slope of each reward in its context, `(n, B, *D)`.
+
+    The slope is ∂r(X_i)/∂(t·x) where the map reads t·x, else ∂r(X_i)/∂x. No graph is left, and none is larger than
+    that of `max_rows` rows. Arguments and errors as in `posterior_rewards`; the reward must be differentiable.
+    """
+    pieces = []
+    for noise, time, x_rows, labels in _chunks(t, x, eps, y, max_rows):
+        with torch.enable_grad():
+            reader, context = through_context(X, time, x_rows)
+            draws = sample_posterior(reader, time, context, 1, steps, y=labels, eps=noise)[0]
+            r = evaluate_reward(reward, draws)
+            slopes = _gradient(r, context)
+        pieces.append((draws.detach(), r.detach(), slopes))
+    draws, r, slopes = (torch.cat(parts).unflatten(0, eps.shape[:2]) for parts in zip(*pieces, strict=True))
+    return draws, r, slopes
+
+
+def context_gradient(
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    n: int,
+    *,
+    y: Tensor | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Posterior draws X and (σ_t²/2) ∇_x r(X) of each (E18), both `(n, B, *D)`; finite at t = 0 as `guidance` is."""
+    eps = _noises(n, x, "independent", eps, generator)
+    draws, _, slopes = posterior_slopes(X, reward, t, x, eps, y=y)
+    return draws, guidance_factor(X, t, x) * slopes
+
+
+def rows_within(memory: float, X: MetaFlowMap, reward: Reward, *, y: Tensor | None = None) -> int:
+    """`max_rows` for a memory budget: how many rows' graphs, of the map and the reward, fit in `memory` bytes; >= 1.
+
+    Measured: what the graph of two rows saves for its backward pass, less that of one row, at t = 0.5.
+    """
+    if not memory > 0:
+        raise ValueError(f"memory must be positive, got {memory}")
+    sizes = []
+    for rows in (1, 2):
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.zeros((rows, *X.shape), dtype=X.dtype, device=X.device)
+        labels = None if y is None else y[:1].repeat(rows)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            reader, context = through_context(X, 0.5, x)
+            r = evaluate_reward(reward, sample_posterior(reader, 0.5, context, 1, y=labels, eps=x.unsqueeze(0))[0])
+        sizes.append(sum(saved.values()))
+        del r
+    return max(1, int(memory / max(sizes[1] - sizes[0], 1)))
 
 
 # ---- differentiating with respect to the context -------------------------------------------------------
 
 
-def through_context(X: MetaFlowMap, t: Time, x: Tensor) -> tuple[MetaFlowMap, Tensor, Tensor]:
-    """A map, a leaf tensor to call it with, and a factor: (σ_t²/2) ∇_x f = factor · ∂f/∂leaf for any f of the map.
+def through_context(X: MetaFlowMap, t: Time, x: Tensor) -> tuple[MetaFlowMap, Tensor]:
+    """A map and a leaf to call it with: t·x, through which alone a posterior depends on x, where the map reads that."""
+    if X.reads_tx:
+        return _ReadingTx(X), (expand_time(t, x) * x.detach()).requires_grad_()
+    return X, x.detach().clone().requires_grad_()
 
-    A posterior depends on x only through t·x, so ∇_x = t ∇_{t·x}, and σ²/2 = (1−t)/t loses its pole:
-    (σ²/2) ∇_x = (1−t) ∇_{t·x}. Where the map reads x itself, the leaf is x and the factor (1−t)/t.
+
+def guidance_factor(X: MetaFlowMap, t: Time, x: Tensor) -> Tensor:
+    """The factor in (σ_t²/2) ∇_x f = factor · ∂f/∂leaf, with the leaf of `through_context`; `(B, 1, …, 1)`.
+
+    ∇_x = t ∇_{t·x}, and σ²/2 = (1−t)/t loses its pole: the factor is 1−t. Where the map reads x itself it is (1−t)/t.
 
     Raises:
         ValueError: at t = 0 for a map that reads x itself.
     """
     time = expand_time(t, x)
     if X.reads_tx:
-        return _ReadingTx(X), (time * x.detach()).requires_grad_(), 1 - time
+        return 1 - time
     if bool((time == 0).any()):
         raise ValueError(
             "differentiating a map that reads x (reads_tx is false) needs t > 0, got t = 0; "
             'let its network read t·x, or use method "stein"'
         )
-    return X, x.detach().clone().requires_grad_(), noise_scale(time) / 2
+    return noise_scale(time) / 2
 
 
 class _ReadingTx:
@@ -230,55 +332,31 @@ class _ReadingTx:
     velocity_from_tx = velocity
 
 
-def context_gradient(
-    X: MetaFlowMap,
-    reward: Reward,
-    t: Time,
-    x: Tensor,
-    n: int,
-    *,
-    y: Tensor | None = None,
-    eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Posterior draws X and (σ_t²/2) ∇_x r(X) of each (E18), both `(n, B, *D)`; finite at t = 0 as `guidance` is."""
-    check_count(n, "n")
-    if eps is not None and eps.shape != (n, *x.shape):
-        raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
-    with torch.enable_grad():
-        x = x.detach().expand(n, *x.shape).flatten(0, 1)
-        t = expand_time(t, x[: len(x) // n]).flatten().repeat(n)
-        reader, context, factor = through_context(X, t, x)
-        eps = None if eps is None else eps.flatten(0, 1).unsqueeze(0)
-        labels = None if y is None else y.repeat(n)
-        draws = sample_posterior(reader, t, context, 1, y=labels, eps=eps, generator=generator)
-        gradient = factor * _gradient(rewards_of(reward, draws)[0], context)
-    return draws[0].detach().unflatten(0, (n, -1)), gradient.unflatten(0, (n, -1))
-
-
 # ---- helpers -------------------------------------------------------------------------------------------
 
 
-def _stein_shift(
-    X: MetaFlowMap,
-    reward: Reward,
-    t: Time,
-    x: Tensor,
-    n: int,
-    *,
-    steps: int,
-    y: Tensor | None,
-    eps: Tensor | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """E_w[x₁] − E[x₁] under the posterior (E17), `(B, *D)`."""
-    if bool((expand_time(t, x) == 1).any()):
-        raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
-    with torch.no_grad():
-        draws = sample_posterior(X, t, x, n, steps, y=y, eps=eps, generator=generator)
-        weights = torch.softmax(rewards_of(reward, draws), 0)
-        weights = weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
-        return (weights * (draws - draws.mean(0))).sum(0)
+def _noises(n: int, x: Tensor, kind: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    check_count(n, "n")
+    if eps is None:
+        return posterior_noise(n, x, kind, generator=generator)
+    if eps.shape != (n, *x.shape):
+        raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
+    return eps
+
+
+def _chunks(
+    t: Time, x: Tensor, eps: Tensor, y: Tensor | None, max_rows: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """The n·B rows of noise (with a first dimension of 1), time, state and label, at most `max_rows` at once."""
+    n, rows = len(eps), eps.flatten(0, 1)
+    if max_rows is not None:
+        check_count(max_rows, "max_rows")
+    times, contexts = expand_time(t, x).flatten().repeat(n), x.expand(n, *x.shape).flatten(0, 1)
+    labels = None if y is None else y.repeat(n)
+    size = len(rows) if max_rows is None else max_rows
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        yield rows[part].unsqueeze(0), times[part], contexts[part], None if labels is None else labels[part]
 
 
 def _gradient(values: Tensor, x: Tensor) -> Tensor:
@@ -289,10 +367,5 @@ def _gradient(values: Tensor, x: Tensor) -> Tensor:
             "this needs a differentiable reward (and no inference mode), got one without a gradient; "
             'method "stein" takes a black box'
         )
-    check_finite(gradient, "the gradient of the value")
+    check_finite(gradient, "the gradient of the reward")
     return gradient
-
-
-def _check_method(method: str) -> None:
-    if method != "gradient":
-        raise ValueError(f'method must be "gradient" or "stein", got {method!r}')

@@ -5,7 +5,8 @@ aligned with the *batch*, never with a feature, so `B == D` is no special case.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -100,11 +101,57 @@ def evaluate_reward(reward: Reward, x1: Tensor) -> Tensor:
         rewards `(B,)`.
 
     Raises:
-        ValueError: when the reward returns another shape, or a NaN or infinite value.
+        ValueError: when the reward fails, returns another shape, or a NaN or infinite value. Running out of memory
+            stays what it is.
     """
-    r = reward(x1)
+    try:
+        r = reward(x1)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"a reward must take clean data {tuple(x1.shape)}; this one raised {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(r, Tensor) or r.shape != x1.shape[:1]:
         got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
         raise ValueError(f"a reward must return one number per sample, shape ({x1.shape[0]},), got {got}")
     check_finite(r, "the reward")
     return r if r.is_floating_point() else r.to(x1.dtype)
+
+
+def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
+    """Refuse a reward whose value for one sample depends on the rest of its batch, or on chance.
+
+    The first row is evaluated again, alone; it may differ from r[0] by rounding, as sums in another order do: by
+    1e-4 of itself, or 16 times the precision of its dtype, or 1e-3 of the rewards' spread.
+
+    Args:
+        reward: callable `(B, *D) -> (B,)`.
+        x1: clean data `(B, *D)`, B > 1.
+        r: the reward of all of them, `(B,)`.
+
+    Raises:
+        ValueError: with both values.
+    """
+    with torch.no_grad():
+        alone, together = float(reward(x1[:1].detach()).detach()[0]), float(r[0].detach())
+    spread = float((r.detach() - r[0].detach()).abs().max())
+    rounding = max(1e-4, 16 * torch.finfo(r.dtype).eps if r.is_floating_point() else 0.0)
+    if not abs(alone - together) <= max(1e-3 * spread, rounding * max(abs(alone), abs(together))):
+        raise ValueError(
+            f"a reward must not depend on the other samples of a batch or on chance; this one gives {together:.6g} "
+            f"to a sample within a batch of {len(r)} and {alone:.6g} to it alone"
+        )
+
+
+@contextmanager
+def at_step(k: int, total: int, t: float) -> Iterator[None]:
+    """Name the step (counted from 1) and its time in a ValueError raised inside, and in a note to any other error."""
+    where = f"step {k} of {total}, at t = {t:.4g}"
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        error.add_note(where)
+        raise

@@ -1,7 +1,8 @@
 """The exact Meta Flow Map of a Gaussian mixture: the oracle behind the protocol of networks (E11).
 
-Three routes, the cheapest that applies: one Gaussian in closed form, one dimension by quantile transport,
-anything else by a high-order solve of dz/ds = b̄_s(z; t, x). None of them uses E12, which they check.
+Four routes, the cheapest that applies: one Gaussian in closed form, one dimension by quantile transport, components
+that differ along one axis only by both of these, anything else by a high-order solve of dz/ds = b̄_s(z; t, x). None of
+them uses E12, which they check.
 """
 
 import math
@@ -37,6 +38,7 @@ class ExactFlowMap:
         if not max_step > 0:
             raise ValueError(f"max_step must be positive, got {max_step}")
         self.p1, self.max_step = p1, max_step
+        self._parts = _split(p1)
         self.shape = (p1.dim,)
         self.dtype, self.device = p1.means.dtype, p1.means.device
 
@@ -50,13 +52,7 @@ class ExactFlowMap:
         s, u, t = self._check(s, u, z, t, tx, y)
         # At t = 1 the posterior is a point. Those rows are solved apart, with a harmless time in their place.
         known = t == 1
-        posterior = self.p1.posterior_from_tx(torch.where(known, 0.5, t).flatten(), tx)
-        if posterior.log_weights.shape[-1] == 1:
-            moved = _gaussian_flow(posterior, s, u, z)
-        elif self.p1.dim == 1:
-            moved = _quantile_transport(posterior, s, u, z)
-        else:
-            moved = _solve(posterior, s, u, z, self.max_step)
+        moved = self._transport(s, u, z, torch.where(known, 0.5, t).flatten(), tx)
         if not bool(known.any()):
             return moved
         return torch.where(known, z + (u - s) * gaussian_velocity(s, u, z, tx, torch.zeros_like(z)), moved)
@@ -82,6 +78,22 @@ class ExactFlowMap:
         """The unconditional drift b_t(x) (E2), `(B, D)`."""
         return self.p1.drift(t, x)
 
+    def _transport(self, s: Tensor, u: Tensor, z: Tensor, t: Tensor, tx: Tensor) -> Tensor:
+        """X_{s,u} for t < 1, by the cheapest route that applies."""
+        if self._parts is not None:
+            axis, rest, basis = self._parts
+            along, across = (z @ basis).split([1, self.p1.dim - 1], 1)
+            tx_along, tx_across = (tx @ basis).split([1, self.p1.dim - 1], 1)
+            along = _quantile_transport(axis.posterior_from_tx(t, tx_along), s, u, along)
+            across = _gaussian_flow(rest.posterior_from_tx(t, tx_across), s, u, across)
+            return torch.cat([along, across], 1) @ basis.T
+        posterior = self.p1.posterior_from_tx(t, tx)
+        if posterior.log_weights.shape[-1] == 1:
+            return _gaussian_flow(posterior, s, u, z)
+        if self.p1.dim == 1:
+            return _quantile_transport(posterior, s, u, z)
+        return _solve(posterior, s, u, z, self.max_step)
+
     def _check(
         self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +109,31 @@ class ExactFlowMap:
         s, u, t = expand_time(s, z, "s"), expand_time(u, z, "u"), expand_time(t, z, "t")
         check_order(s, u)
         return s, u, t
+
+
+def _split(p1: GaussianMixture) -> tuple[GaussianMixture, GaussianMixture, Tensor] | None:
+    """p₁ as a mixture along one axis times one Gaussian across it, with the basis whose first column is the axis.
+
+    None unless the means lie on a line, the line is a principal axis of every component, and the components have one
+    covariance across it.
+    """
+    if p1.dim == 1 or len(p1.log_weights) == 1:
+        return None
+    means = p1.means - p1.means[0]
+    basis = torch.linalg.svd(means).Vh.T  # columns: the line, then what is across it
+    covs = basis.T @ p1.covs @ basis
+    size = float(covs.diagonal(dim1=-2, dim2=-1).amax())
+    small = 64 * torch.finfo(covs.dtype).eps
+    off_line = (means @ basis)[:, 1:].abs().max() > small * means.abs().max()
+    if bool(off_line) or bool(covs[:, 0, 1:].abs().max() > small * size):
+        return None
+    across = covs[:, 1:, 1:]
+    if bool((across - across[0]).abs().max() > small * size):
+        return None
+    placed = p1.means @ basis
+    axis = GaussianMixture(p1.weights, placed[:, :1], covs[:, :1, :1])
+    one = torch.ones_like(p1.weights[:1])
+    return axis, GaussianMixture(one, placed[:1, 1:], (across[:1] + across[:1].mT) / 2), basis
 
 
 def _gaussian_flow(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Tensor) -> Tensor:
@@ -120,7 +157,7 @@ def _quantile_transport(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Ten
         # Each component's own transport brackets the root: the mixture's quantile lies between theirs.
         own = end.means + (end.eigenvalues / start.eigenvalues).sqrt() * (z.unsqueeze(-2) - start.means)
         low, high = own.amin(-2), own.amax(-2)
-        for _ in range(64):
+        for _ in range(64 if z.dtype == torch.float64 else 32):
             middle = (low + high) / 2
             below = _log_odds(end, middle) < level
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)

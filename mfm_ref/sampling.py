@@ -1,5 +1,6 @@
 """Samplers: from one posterior (E11), from the data law in a few steps (E19), and along any drift (E2, E6)."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfm_ref.checks import Time, check_count, check_finite, check_same_shape, expand_time
+from mfm_ref.checks import Time, at_step, check_count, check_finite, check_same_shape, expand_time
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
+
+DYNAMICS = ("ode", "midpoint", "sde")
 
 
 def noise_like(X: MetaFlowMap, *batch: int, generator: torch.Generator | None = None) -> Tensor:
@@ -100,9 +103,23 @@ def sample(
 
 
 def time_grid(steps: int, *, power: float = 1.0) -> list[float]:
-    """The grid (k/K)^power, k = 0 … K (E21); uniform for power 1."""
+    """The grid (k/K)^power, k = 0 … K (E21), power > 0; uniform for power 1, denser early for a larger one."""
     check_count(steps, "steps")
+    if not 0 < power < math.inf:
+        raise ValueError(f"power must be positive and finite, got {power}")
     return [(k / steps) ** power for k in range(steps + 1)]
+
+
+def log_snr_grid(steps: int, *, limit: float = 10.0) -> list[float]:
+    """A grid of K steps, uniform in the log signal-to-noise ratio λ = 2 log(t/(1−t)) from −limit to limit.
+
+    t = 0 and t = 1, where λ is infinite, take the place of the ends: denser at both of them.
+    """
+    check_count(steps, "steps")
+    if not 0 < limit < math.inf:
+        raise ValueError(f"limit must be positive and finite, got {limit}")
+    inner = (1 / (1 + math.exp(-limit * (k / steps - 0.5))) for k in range(1, steps))
+    return [0.0, *inner, 1.0]
 
 
 def check_grid(times: Sequence[float], steps: int | None = None) -> list[float]:
@@ -126,17 +143,15 @@ def integrate(
 ) -> Tensor:
     """Carry noise to data along a drift b (E2), by the ODE or by the SDE with the same marginals (E6).
 
-    Both start at t = 0. `"ode"` takes Euler steps of dx/dt = b. `"sde"` draws from the SDE's transition with
-    the denoiser D = x + (1−t) b held fixed over the step, which is exact in the noise although σ² is infinite
-    at t = 0: in y = x/t the SDE is Brownian motion of variance κ² = ((1−t)/t)², run backwards, so
-
-        x′ = ρ (t′/t) x + t′ (1−ρ) D + (1−t′) √(1−ρ) ξ,   ρ = (κ′/κ)².
+    All start at t = 0. "ode" takes Euler steps of dx/dt = b, of first order in the step. "midpoint" evaluates b once
+    more in the middle of each step, and there alone moves: of second order, and never at t = 1. "sde" takes steps of
+    `sde_transition`, of first order in law.
 
     Args:
         drift: `drift(t, x) -> (B, *D)`, t a number in [0, 1).
         x: noise `(B, *D)`, the state at t = 0.
         times: grid rising from 0 to 1.
-        dynamics: "ode" or "sde".
+        dynamics: "ode", "midpoint" or "sde".
         generator: source of the SDE's noise.
         progress: label of a progress bar; none where None.
 
@@ -147,19 +162,45 @@ def integrate(
         ValueError: an unknown dynamics, a grid that does not rise from 0 to 1, or a drift of another shape
             than x or not finite (with the time of the step).
     """
-    if dynamics not in ("ode", "sde"):
-        raise ValueError(f'dynamics must be "ode" or "sde", got {dynamics!r}')
-    grid = check_grid(times)
-    steps = list(pairwise(grid))
-    for t, t_next in tqdm(steps, desc=progress, disable=progress is None, leave=False):
-        b = drift(t, x)
-        check_same_shape(drift=b, x=x)
-        check_finite(b, f"the drift at t = {t:.4f}")
-        if dynamics == "ode":
-            x = x + (t_next - t) * b
-        else:
-            keep = (1 - t_next) ** 2 * t / ((1 - t) ** 2 * t_next)  # ρ t′/t
-            rho = keep * t / t_next
-            xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = keep * x + t_next * (1 - rho) * (x + (1 - t) * b) + (1 - t_next) * (1 - rho) ** 0.5 * xi
+    if dynamics not in DYNAMICS:
+        raise ValueError(f"dynamics must be one of {', '.join(DYNAMICS)}, got {dynamics!r}")
+    steps = list(pairwise(check_grid(times)))
+
+    def velocity(t: float, state: Tensor) -> Tensor:
+        b = drift(t, state)
+        check_same_shape(drift=b, x=state)
+        check_finite(b, "the drift")
+        return b
+
+    for k, (t, t_next) in enumerate(tqdm(steps, desc=progress, disable=progress is None, leave=False), 1):
+        with at_step(k, len(steps), t):
+            h, b = t_next - t, velocity(t, x)
+            if dynamics == "midpoint":
+                b = velocity(t + h / 2, x + h / 2 * b)
+            x = sde_step(x, x + (1 - t) * b, t, t_next, generator=generator) if dynamics == "sde" else x + h * b
     return x
+
+
+def sde_transition(t: float, t_next: float) -> tuple[float, float, float]:
+    """E6 over one step with the denoiser D held fixed: x′ = keep · x + gain · D + std · ξ.
+
+    Exact in the noise although σ² is infinite at t = 0: in x/t the SDE is Brownian motion of variance
+    κ² = ((1−t)/t)², run backwards, so with ρ = (κ′/κ)²
+
+        keep = ρ t′/t,   gain = t′ (1−ρ),   std = (1−t′) √(1−ρ).
+
+    Args:
+        t, t_next: times of the step, 0 <= t < t_next <= 1.
+    """
+    keep = (1 - t_next) ** 2 * t / ((1 - t) ** 2 * t_next)
+    rho = keep * t / t_next
+    return keep, t_next * (1 - rho), (1 - t_next) * (1 - rho) ** 0.5
+
+
+def sde_step(
+    x: Tensor, denoised: Tensor, t: float, t_next: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """One draw of `sde_transition` from states x at t, given D `(B, *D)`."""
+    keep, gain, std = sde_transition(t, t_next)
+    xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return keep * x + gain * denoised + std * xi

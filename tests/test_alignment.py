@@ -25,11 +25,12 @@ from mfm_ref import (
     value,
     value_gradient,
 )
-from mfm_ref.alignment import context_gradient, log_mean_exp, unconditional_drift
+from mfm_ref.alignment import context_gradient, unconditional_drift
+from mfm_ref.estimators import log_mean_exp
 from tests.helpers import LIMIT, MapOf, ReadsX, gaussian, line, moment_scores, slope, z_scores
 from tests.strategies import INTERIOR, Case, assert_close, cases, mixtures, randn, rewards, rng, row_scale
 
-METHODS = ["gradient", "stein"]
+METHODS = ["gradient", "stein", "controlled"]
 GAUSSIANS = mixtures(max_components=1)
 
 
@@ -121,7 +122,7 @@ def test_gradient_estimators_converge_with_slopes_one_half_and_one(method):
     sizes, errors, biases = [8, 16, 32, 64], [], []
     for n in sizes:
         x = CONTEXT.expand(1_600_000 // n, 2)
-        off = value_gradient(X, reward, t, x, n, method, generator=rng(n)) - truth
+        off = value_gradient(X, reward, t, x, n, method, noise="independent", generator=rng(n)) - truth
         errors.append(float(off.square().sum(1).mean().sqrt()))
         biases.append(float(off.mean(0).norm()))
     assert slope(sizes, errors) == pytest.approx(-0.5, abs=0.06)

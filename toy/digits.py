@@ -38,8 +38,8 @@ from mfm_ref import (
     steer,
     train,
 )
-from mfm_ref.alignment import log_mean_exp
 from mfm_ref.checks import Reward
+from mfm_ref.estimators import log_mean_exp
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json
 from mfm_ref.sampling import noise_like, time_grid
@@ -243,10 +243,14 @@ def steered_samples(config: DigitsConfig, X: FlowMap, reward: Reward) -> dict[st
         samples = {"base": integrate(X.drift, x, grid)}
     samples["DPS"] = integrate(lambda t, x: dps_drift(X, reward, t, x), x, grid, progress="steer: DPS")
     # With one draw, Stein's identity (E17) says nothing: the weighted mean is the mean.
-    for name, method, counts in (("MFM-G", "gradient", (1, 4)), ("MFM-GF", "stein", (4, 16))):
+    for name, method, counts in (
+        ("MFM-G", "gradient", (1, 4)),
+        ("MFM-GF", "stein", (4, 16)),
+        ("both", "controlled", (4, 16)),
+    ):
         for draws in counts:
             label = f"{name}, N = {draws}"
-            samples[label] = steer(
+            samples[label], _ = steer(
                 X, reward, n, n=draws, times=grid, method=method, generator=rng, progress=f"steer: {label}"
             )
     return samples

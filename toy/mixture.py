@@ -31,6 +31,7 @@ from mfm_ref import (
     steer,
     train,
 )
+from mfm_ref.alignment import METHODS
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json
 from mfm_ref.interpolant import Drift
@@ -110,11 +111,11 @@ def steered_samples(
         "unsteered": {"0": integrate(p1.drift, many[:n], grid, progress="unsteered")},
         "dps": {"0": integrate(lambda t, x: dps_drift(X, reward, t, x), many[:n], grid, progress="steer: DPS")},
     }
-    for method in ("gradient", "stein"):
+    for method in METHODS:
         samples[method] = {}
         for draws in (1, 4, 16):
             label = f"steer: {method}, N = {draws}"
-            x = steer(X, reward, n, n=draws, times=grid, method=method, generator=rng, progress=label)
+            x, _ = steer(X, reward, n, n=draws, times=grid, method=method, generator=rng, progress=label)
             samples[method][str(draws)] = x
     return samples
 
@@ -251,7 +252,7 @@ def draw_steering(
         ("exact samples of p*", target.sample(1000, generator=generator(config, 9)), "grey"),
         ("Doob ODE, exact ∇V", samples["exact"]["0"], "green"),
         ("MFM-G, N = 1", samples["gradient"]["1"], "blue"),
-        ("MFM-G, N = 16", samples["gradient"]["16"], "blue"),
+        ("both (default), N = 16", samples["controlled"]["16"], "blue"),
         ("unsteered p₁", samples["unsteered"]["0"], "grey"),
         ("DPS", samples["dps"]["0"], "orange"),
         ("MFM-GF, N = 16", samples["stein"]["16"], "blue"),

@@ -22,6 +22,7 @@ def mixture_tables(report: dict[str, Any]) -> str:
     names = {
         "exact": "exact ∇V",
         "gradient": "MFM-G (E16)",
+        "controlled": "both (default)",
         "stein": "MFM-GF (E17)",
         "dps": "DPS",
         "unsteered": "unsteered",

@@ -1,0 +1,85 @@
+"""Steered sampling: the Doob ODE and the Doob SDE (E7, E8), with any estimator of the value's gradient."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mfm_ref.alignment import METHODS, doob_drift, dps_drift, rows_within
+from mfm_ref.checks import Reward, check_count
+from mfm_ref.cost import Cost, counting
+from mfm_ref.flow_map import MetaFlowMap
+from mfm_ref.sampling import integrate, noise_like, time_grid
+
+
+def steer(
+    X: MetaFlowMap,
+    reward: Reward,
+    n_samples: int,
+    *,
+    n: int | Callable[[float], int] = 16,
+    steps: int = 250,
+    times: Sequence[float] | None = None,
+    method: str = "controlled",
+    noise: str = "sobol",
+    dynamics: str = "ode",
+    rescale: bool = False,
+    y: Tensor | None = None,
+    memory: float | None = 4e9,
+    generator: torch.Generator | None = None,
+    progress: str | None = None,
+) -> tuple[Tensor, Cost]:
+    """E7, E8: samples of the tilted law p* ∝ p₁ e^r, by the Doob ODE or the Doob SDE from t = 0 to 1.
+
+    Args:
+        X: a Meta Flow Map.
+        reward: callable `(B, *D) -> (B,)`; differentiable unless the method is "stein".
+        n_samples: number of samples, >= 1.
+        n: posterior draws per step and sample, >= 1, or a function of t that gives them.
+        steps: number of steps of a uniform grid.
+        times: another grid, rising from 0 to 1, in place of `steps`: `time_grid`, `log_snr_grid`.
+        method: "controlled", "gradient" (E16), "stein" (E17), see `value_gradient`; or "dps" (E20), which draws none.
+        noise: kind of the noises of the draws, see `posterior_noise`.
+        dynamics: "ode" or "midpoint" (E7), or "sde" (E8); see `integrate`.
+        rescale: guidance with the norm of the drift, see `doob_drift`; not for "dps".
+        y: class labels `(n_samples,)`, or None.
+        memory: bytes that the graphs of one evaluation may take; draws beyond them wait their turn (`rows_within`),
+            which does not change the result. None for no bound.
+        generator: source of all noise.
+        progress: label of a progress bar; none where None.
+
+    Returns:
+        samples `(n_samples, *D)`, and what they cost.
+
+    Raises:
+        ValueError: from `integrate` and `value_gradient`, with the step; a reward that couples the samples of a batch.
+    """
+    check_count(n_samples, "n_samples")
+    if method not in (*METHODS, "dps") or (method == "dps" and rescale):
+        raise ValueError(f'method must be one of {", ".join(METHODS)} or "dps" (without rescale), got {method!r}')
+    draws = n if callable(n) else lambda t: n
+    differentiable = method in ("controlled", "gradient")
+    max_rows = rows_within(memory, X, reward, y=y) if memory is not None and differentiable else None
+    grid = time_grid(steps) if times is None else times
+    with counting(X, reward, n_samples) as (counted, counted_reward, cost):
+
+        def drift(t: float, x: Tensor) -> Tensor:
+            if method == "dps":
+                return dps_drift(counted, counted_reward, t, x, y=y)
+            return doob_drift(
+                counted,
+                counted_reward,
+                t,
+                x,
+                draws(t),
+                method,
+                noise=noise,
+                rescale=rescale,
+                y=y,
+                generator=generator,
+                max_rows=max_rows,
+            )
+
+        x = noise_like(X, n_samples, generator=generator)
+        x = integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)
+    return x, cost
