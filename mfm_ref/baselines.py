@@ -1,25 +1,21 @@
 """What Meta Flow Maps are measured against (E20): Best-of-N, SMC with twists, GLASS and SDE rollouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfm_ref.alignment import denoiser, through_context
+from mfm_ref.alignment import denoiser, guidance_factor, through_context
 from mfm_ref.checks import Reward, Time, at_step, check_count, check_finite, check_order, evaluate_reward, expand_time
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import Drift, drift_to_denoiser, glass_drift
-from mfm_ref.sampling import check_grid, integrate, noise_like, sample_posterior, time_grid
-from mfm_ref.search import best, by_rows
-
-Number = TypeVar("Number", float, Tensor)
-
+from mfm_ref.sampling import check_grid, integrate, noise_like, sample_posterior, sde_step, sde_transition, time_grid
+from mfm_ref.search import best
 
 # ---- Best-of-N -----------------------------------------------------------------------------------------
 
@@ -74,8 +70,25 @@ def best_of_n(
         x = integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)
         with at_step(len(grid) - 1, len(grid) - 1, 1.0):
             (r,) = by_rows(lambda x: (evaluate_reward(reward, x),), max_rows, x)
-        found = best(x, r, n_samples)
+        found = best(x.unflatten(0, (n, -1)), r.unflatten(0, (n, -1)), n_samples)
     return found, cost
+
+
+def by_rows(
+    function: Callable[..., tuple[Tensor, ...]], max_rows: int | None, *rows: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`function(*rows)`, called with at most `max_rows` rows at a time; an argument that is None stays None.
+
+    Raises:
+        ValueError: max_rows below one.
+    """
+    if max_rows is None:
+        return function(*rows)
+    check_count(max_rows, "max_rows")
+    total = next(len(a) for a in rows if a is not None)
+    cuts = [slice(i, i + max_rows) for i in range(0, total, max_rows)]
+    parts = [function(*(None if a is None else a[cut] for a in rows)) for cut in cuts]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 # ---- sequential Monte Carlo ----------------------------------------------------------------------------
@@ -107,8 +120,8 @@ def smc(
 ) -> tuple[Particles, Cost]:
     """E20, the twisted diffusion sampler (TDS): one population of P particles, weighted towards p* ∝ p₁ e^r.
 
-    The base chain p(x′|x) is the transition of E6 (`transition`), the twist ψ_t(x) = exp r(D_t(x)) a guess of e^{V_t}.
-    A proposal q(x′|x) is weighted by p(x′|x) ψ_{t′}(x′) / (q(x′|x) ψ_t(x)), so that any q gives the tilted law of the
+    The base chain p(x′|x) is the SDE of E6 (`sde_transition`), the twist ψ_t(x) = exp r(D_t(x)) a guess of e^{V_t}. A
+    proposal q(x′|x) is weighted by p(x′|x) ψ_{t′}(x′) / (q(x′|x) ψ_t(x)), so that any q gives the tilted law of the
     base chain as P grows. The "guided" one has the DPS drift b* = b + (σ²/2) ∇r(D) in the place of b, "base" is p. The
     last step has no noise and ends on D, whose reward was its twist: its weight is 1, its proposal p.
 
@@ -158,7 +171,7 @@ def smc(
                     x, denoised, r, push = x[kept], denoised[kept], r[kept], push[kept]
                     log_partition += float(torch.logsumexp(log_w, 0)) - math.log(n_particles)
                     log_w = torch.zeros_like(log_w)
-                keep, gain, std = transition(t, t_next)
+                keep, gain, std = sde_transition(t, t_next)
                 shift = gain / (std or 1.0) * push  # of the mean, in units of std; the last step has neither
                 xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
                 x = keep * x + gain * denoised + std * (shift + xi)
@@ -168,24 +181,24 @@ def smc(
 
 def _twist(
     X: MetaFlowMap, reward: Reward, t: float, x: Tensor, y: Tensor | None, *, guided: bool, max_rows: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """D_t(x), r(D) and what guidance adds to D: D* − D = (1−t) (b* − b) = (1−t) (σ²/2) ∇r(D), or 0 where not guided."""
 
-    def base(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def base(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
         return *_denoised_reward(X, reward, t, x, y), torch.zeros_like(x)
 
-    def pushed(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def pushed(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
+        factor = (1 - t) * guidance_factor(X, t, x)
         with torch.enable_grad():
-            reader, context, factor = through_context(X, t, x)
+            reader, context = through_context(X, t, x)
             denoised, r = _denoised_reward(reader, reward, t, context, y)
             gradient = torch.autograd.grad(r.sum(), context, allow_unused=True)[0] if r.requires_grad else None
         if gradient is None:
             raise ValueError('proposal "guided" needs a differentiable reward, got one without a gradient; try "base"')
         check_finite(gradient, "the gradient of the reward")
-        return denoised.detach(), r.detach(), (1 - t) * factor * gradient
+        return denoised.detach(), r.detach(), factor * gradient
 
-    denoised, r, push = by_rows(pushed if guided else base, max_rows, x, y)
-    return denoised, r, push
+    return by_rows(pushed if guided else base, max_rows, x, y)
 
 
 def _denoised_reward(X: MetaFlowMap, reward: Reward, t: float, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -195,19 +208,9 @@ def _denoised_reward(X: MetaFlowMap, reward: Reward, t: float, x: Tensor, y: Ten
     return denoised, evaluate_reward(reward, denoised)
 
 
-def transition(t: Number, t_next: Number) -> tuple[Number, Number, Number]:
-    """E6 from t < t′ to t′ with D held fixed (`integrate`): x′ = keep x + gain D + std ξ; keep, gain and std.
-
-    keep = ρ t′/t, gain = t′ (1−ρ), std = (1−t′) √(1−ρ), with ρ = (κ′/κ)², κ = (1−t)/t. Finite at t = 0 and t′ = 1.
-    """
-    keep = (1 - t_next) ** 2 * t / ((1 - t) ** 2 * t_next)
-    rho = keep * t / t_next
-    return keep, t_next * (1 - rho), (1 - t_next) * (1 - rho) ** 0.5
-
-
 def log_transition_ratio(xi: Tensor, shift: Tensor) -> Tensor:
     """log p(x′|x)/q(x′|x) `(P,)` at x′ = mean_p + std (shift + ξ), where q has the mean of p plus std · shift."""
-    return -(shift * xi + shift**2 / 2).flatten(1).sum(1)
+    return -(shift * xi + shift**2 / 2).reshape(len(xi), -1).sum(1)
 
 
 def effective_share(log_w: Tensor) -> float:
@@ -311,7 +314,7 @@ def sde_rollout(
     y: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """E20: n samples of p_{1|t}(·|x) by the SDE of E6 from (t, x) to 1, in `steps` equal steps of `transition`.
+    """E20: n samples of p_{1|t}(·|x) by the SDE of E6 from (t, x) to 1, in `steps` equal steps of `sde_transition`.
 
     Args:
         drift: the base drift, as in `GlassRollout`.
@@ -340,7 +343,6 @@ def sde_rollout(
         with at_step(k + 1, steps, float(now[0])):
             b = drift(now, z) if labels is None else drift(now, z, labels)
             denoised = drift_to_denoiser(b, now, z)
-            keep, gain, std = transition(expand_time(now, z), expand_time(after, z))
-            xi = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-            z = keep * z + gain * denoised + std * xi
+            at, to = expand_time(now, z), expand_time(after, z)
+            z = sde_step(z, denoised, at, to, generator=generator)  # type: ignore[arg-type]  # `(B, 1, …, 1)`
     return z.unflatten(0, (n, len(x)))

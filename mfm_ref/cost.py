@@ -43,8 +43,8 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
 
     Args:
         method: "gradient" or "controlled" K + 4nK (drift; map and reward, forward and backward); "stein" K + 2nK
-            (drift; map and reward); "dps" 4K; "search" 2mnK; "best_of_n" nK + n; "smc" m (4K − 2) + m, that is DPS's
-            4 in each step but the last, whose drift has no guidance, and the reward of the result.
+            (drift; map and reward); "dps" 4K (the paper's 4NK is that of N chains); "search" 2mnK; "best_of_n"
+            nK + n; "smc" m (4K − 2): DPS's 4 in each step but the last, which has no guidance.
         steps: K, evaluations of the drift: the number of steps, twice that for the midpoint rule.
         n: posterior draws per step and sample; of "best_of_n" the candidates.
         m: particles of "search" and "smc".
@@ -61,7 +61,7 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
         "dps": 4 * steps,
         "search": 2 * m * n * steps,
         "best_of_n": n * steps + n,
-        "smc": m * (4 * steps - 1),
+        "smc": m * (4 * steps - 2),
     }
     if method not in formulas:
         raise ValueError(f"method must be one of {', '.join(formulas)}, got {method!r}")
@@ -112,7 +112,7 @@ class CountedReward:
         r = self.reward(x1)
         if not isinstance(r, Tensor) or r.ndim != 1:
             return r  # `evaluate_reward` says what is wrong with it
-        if not self.checked and len(r) == len(x1) > 1:
+        if not self.checked and len(r) == len(x1) > 1 and bool(torch.isfinite(r).all()):
             check_uncoupled(self.reward, x1, r)
             self.checked = True
         self.cost.reward_forward += len(r)
@@ -126,18 +126,23 @@ class CountedReward:
 
 @contextmanager
 def counting(X: MetaFlowMap, reward: Reward, samples: int) -> Iterator[tuple[MetaFlowMap, Reward, Cost]]:
-    """The same map and reward, counted, and the `Cost` that they fill; its seconds and memory are set at the end."""
+    """The same map and reward, counted, and the `Cost` that they fill; its seconds and memory are set at the end.
+
+    They are so too where the run fails.
+    """
     cost = Cost(samples)
     cuda = X.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(X.device)
         torch.cuda.reset_peak_memory_stats(X.device)
     began = time.perf_counter()
-    yield CountedMap(X, cost), CountedReward(reward, cost), cost
-    if cuda:
-        torch.cuda.synchronize(X.device)
-    cost.seconds = time.perf_counter() - began
-    cost.peak_memory = torch.cuda.max_memory_allocated(X.device) if cuda else _peak_of_process()
+    try:
+        yield CountedMap(X, cost), CountedReward(reward, cost), cost
+    finally:
+        if cuda:
+            torch.cuda.synchronize(X.device)
+        cost.seconds = time.perf_counter() - began
+        cost.peak_memory = torch.cuda.max_memory_allocated(X.device) if cuda else _peak_of_process()
 
 
 def _peak_of_process() -> int:

@@ -103,7 +103,7 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
         ValueError: t = 1, shapes that do not fit, or rewards that are not finite.
     """
     check_same_shape(draws=draws, pulls=pulls)
-    shifts, flat = _shifts(draws, t).flatten(2), pulls.flatten(2)  # (n, B, D)
+    shifts, flat = (a.reshape(*a.shape[:2], -1) for a in (_shifts(draws, t), pulls))  # (n, B, D)
     pull, shift = weighted_mean(r, flat), weighted_mean(r, shifts)  # (B, D)
     direction = pull / pull.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
     along_f, along_g = (torch.einsum("nbd,bd->nb", a, direction) for a in (shifts, flat))

@@ -1,4 +1,4 @@
-"""Fine-tuning a drift to a reward without estimating a ratio (E18)."""
+"""Fine-tuning a drift to a reward: without estimating a ratio (E18), and the regression that estimates one."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mfm_ref.alignment import context_gradient, rewards_of
 from mfm_ref.checks import Reward, Time, check_finite, check_same_shape, expand_time
+from mfm_ref.estimators import weighted_mean
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import Drift
 from mfm_ref.sampling import sample_posterior
@@ -61,28 +62,83 @@ def finetune_loss(
             t·x, n below one, a drift or a weight of another shape, a reward of the wrong shape or not finite,
             or one so large that e^{r−c} overflows.
     """
+    draws, targets = _draws_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
+    with torch.no_grad():
+        factor = (rewards_of(reward, draws) - log_scale).exp()
+        check_finite(factor, "e^(r − log_scale): choose a larger log_scale; it")
+    squared = (_call(student, t, x, y, "student") - targets).square().reshape(n, len(x), -1).sum(2)  # (n, B)
+    return (factor * _weights(weight, t, x) * squared).mean()
+
+
+def regression_loss(
+    student: Drift,
+    base: Drift,
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    n: int,
+    method: str = "gradient",
+    weight: Callable[[Tensor], Tensor] | None = None,
+    eps: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The plain alternative to E18: E[ w(t) ‖b_θ(x) − b(x) − Σ_i w_i g(X_i)‖² ], w_i = e^{r(X_i)} / Σ_j e^{r(X_j)}.
+
+    Its minimiser is not b* but the mean E[b + Σ_i w_i g(X_i)] of the n-draw estimate, whose ratio is biased: by O(1/n),
+    small only once n is well above E[e^{2r}]/E[e^r]². For n = 1 the weight is 1, and the minimiser is
+    b + (σ²/2) ∇_x E[r(X)] for "gradient", and b itself, with no reward in it, for "stein". In exchange no state has a
+    weight e^r, of which a few large ones could make the noise of the gradient.
+
+    The terms g(X) and the arguments are those of `finetune_loss`, and so are the errors; there is no log_scale, since a
+    constant in r cancels.
+
+    Returns:
+        the loss, `()`.
+    """
+    draws, targets = _draws_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
+    with torch.no_grad():
+        target = weighted_mean(rewards_of(reward, draws), targets)
+    squared = (_call(student, t, x, y, "student") - target).square().reshape(len(x), -1).sum(1)  # (B,)
+    return (_weights(weight, t, x) * squared).mean()
+
+
+def _draws_and_targets(
+    base: Drift,
+    X: MetaFlowMap,
+    reward: Reward,
+    t: Time,
+    x: Tensor,
+    y: Tensor | None,
+    n: int,
+    method: str,
+    eps: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Posterior draws X_i and b + g(X_i) of each, both `(n, B, *D)`, without a graph; see `finetune_loss`."""
     if method == "gradient":
         draws, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
         with torch.no_grad():
-            target = _call(base, t, x, y, "base") + gradient
-    elif method == "stein":
+            return draws, _call(base, t, x, y, "base") + gradient
+    if method == "stein":
         if bool((expand_time(t, x) == 1).any()):
             raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
         with torch.no_grad():
             draws = sample_posterior(X, t, x, n, y=y, eps=eps, generator=generator)
-            target = (draws - x) / (1 - expand_time(t, x))
-    else:
-        raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
-    with torch.no_grad():
-        factor = (rewards_of(reward, draws) - log_scale).exp()
-        check_finite(factor, "e^(r − log_scale): choose a larger log_scale; it")
-    squared = (_call(student, t, x, y, "student") - target).square().reshape(n, len(x), -1).sum(2)  # (n, B)
-    if weight is not None:
-        times = expand_time(t, x).flatten()
-        w = weight(times)
-        check_same_shape(weight=w, t=times)
-        factor = factor * w
-    return (factor * squared).mean()
+            return draws, (draws - x) / (1 - expand_time(t, x))
+    raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
+
+
+def _weights(weight: Callable[[Tensor], Tensor] | None, t: Time, x: Tensor) -> Tensor:
+    """w(t), `(B,)`."""
+    times = expand_time(t, x).flatten()
+    if weight is None:
+        return torch.ones_like(times)
+    w = weight(times)
+    check_same_shape(weight=w, t=times)
+    return w
 
 
 def _call(drift: Drift, t: Time, x: Tensor, y: Tensor | None, name: str) -> Tensor:

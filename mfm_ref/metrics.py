@@ -1,4 +1,4 @@
-"""Distances between two sets of samples."""
+"""Distances between two sets of samples, and how diverse one set is."""
 
 import torch
 from torch import Tensor
@@ -61,6 +61,53 @@ def mmd(x: Tensor, y: Tensor, *, bandwidths: tuple[float, ...] = (0.25, 0.5, 1.0
         return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
     return off_diagonal(kernel(x, x)) + off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
+
+
+def vendi_score(x: Tensor, *, bandwidth: float) -> Tensor:
+    """Vendi score: e^{H(λ)}, the effective number of different samples, from 1 (all equal) to n (all far apart).
+
+    H is the entropy of the eigenvalues λ of K/n, with the kernel k(x, y) = exp(−‖x − y‖²/(2h²)).
+
+    Args:
+        x: samples `(n, *D)`, n >= 1; the cost is of order n³.
+        bandwidth: the scale h, positive, in the units of the data. Scores compare for one h and one n.
+
+    Returns:
+        the score, `()`.
+
+    Raises:
+        ValueError: no samples, entries that are not finite, or a bandwidth <= 0.
+    """
+    if x.ndim < 2 or len(x) < 1:
+        raise ValueError(f"samples must be (n, *D) with n >= 1, got {tuple(x.shape)}")
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be positive, got {bandwidth}")
+    check_finite(x, "the samples")
+    flat = x.flatten(1).double()
+    squared = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
+    eigenvalues = torch.linalg.eigvalsh((-squared / (2 * bandwidth**2)).exp() / len(x)).clamp_min(0)
+    return torch.special.entr(eigenvalues).sum().exp().to(x.dtype)
+
+
+def coverage(x: Tensor, reference: Tensor, *, k: int = 5) -> Tensor:
+    """The share of reference samples that have one of x nearer than their k-th neighbour in the reference, in [0, 1].
+
+    Two sets of one law and one size have 1 − 2^−k in expectation, nearly.
+
+    Args:
+        x, reference: samples `(n, *D)` and `(m, *D)`, m > k.
+        k: which neighbour, >= 1.
+
+    Raises:
+        ValueError: states of different shape, too few samples, or entries not finite.
+    """
+    check_count(k, "k")
+    x, reference = _two_sets(x, reference)
+    if len(x) < 1 or len(reference) <= k:
+        raise ValueError(f"coverage needs samples, and more than k = {k} references, got {len(x)} and {len(reference)}")
+    radius = torch.cdist(reference, reference, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1).values
+    nearest = torch.cdist(reference, x, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    return (nearest < radius).to(x.dtype).mean()
 
 
 def _two_sets(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The noises ε of posterior draws: independent, antithetic, or randomised quasi-Monte Carlo."""
 
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -50,11 +51,30 @@ def _normal(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _sobol(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Sobol points of one random scrambling, shifted by an own exclusive or for each row of x `(B, D)`."""
+    """Sobol points of one random scrambling, shifted by an own exclusive or for each row of x `(B, D)`; `(n, B, D)`."""
     device = x.device if generator is None else generator.device
-    seed = int(torch.randint(2**31, (), generator=generator, device=device))
-    points = SobolEngine(x.shape[1], scramble=True, seed=seed).draw(n, dtype=torch.float64)  # (n, D), on the CPU
-    digits = (points * 2**_BITS).long().to(x.device)
-    shift = torch.randint(2**_BITS, x.shape, generator=generator, device=device).to(x.device)  # (B, D)
-    uniform = ((digits.unsqueeze(1) ^ shift).double() + 0.5) / 2**_BITS
+    shift = torch.randint(2**_BITS, x.shape, generator=generator, dtype=torch.int32, device=device).to(x.device)
+    digits = _scrambled(n, x.shape[1], generator, device).to(x.device)
+    uniform = (digits.unsqueeze(1) ^ shift).double().add_(0.5).div_(2**_BITS)  # never 0 or 1
     return cast(Tensor, torch.special.ndtri(uniform)).to(x.dtype)
+
+
+def _scrambled(n: int, dim: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Digits of the points, times a random matrix of bits: lower triangular, ones on its diagonal; `(n, D)`.
+
+    Bit j of a point, counted from the highest, adds column j: that bit, and random ones below it.
+    """
+    points = _sobol_digits(n, dim).to(device)
+    result = torch.zeros_like(points)
+    for j in range((n - 1).bit_length()):  # bits beyond are 0 in all n points
+        below = _BITS - 1 - j
+        column = torch.randint(2**below, (dim,), generator=generator, dtype=torch.int32, device=device) + 2**below
+        result ^= (points >> below & 1) * column
+    return result
+
+
+@lru_cache(maxsize=4)
+def _sobol_digits(n: int, dim: int) -> Tensor:
+    """The first n points of the Sobol sequence, not scrambled, as integers below 2^_BITS; `(n, D)`, on the CPU."""
+    points = SobolEngine(dim).draw(n, dtype=torch.float64)
+    return (points * 2**_BITS).int()

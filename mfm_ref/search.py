@@ -1,13 +1,14 @@
 """MFM-Search (E21): alignment by selection among one-step posterior samples, with no gradient at all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfm_ref.checks import Reward, at_step, check_count, check_finite, evaluate_reward
+from mfm_ref.alignment import posterior_rewards
+from mfm_ref.checks import Reward, at_step, check_count
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
@@ -75,7 +76,9 @@ def search(
         bar = tqdm(list(pairwise(grid)), desc=progress, disable=progress is None, leave=False)
         for k, (t, t_next) in enumerate(bar):
             with at_step(k + 1, len(grid) - 1, t):
-                draws, r = _scored_draws(X, reward, t, x, n, y=labels, max_rows=max_rows, generator=generator)
+                eps = noise_like(X, n, len(x), generator=generator)
+                # draws (n, M·B, *D), r (n, M·B)
+                draws, r = posterior_rewards(X, reward, t, x, eps, y=labels, max_rows=max_rows)
                 if t_next < 1:
                     x1 = best(draws, r, len(x) if select == "particle" else n_samples)
                     x1 = x1.expand(len(x) // len(x1), *x1.shape).flatten(0, 1)
@@ -86,51 +89,13 @@ def search(
     return found, cost
 
 
-def _scored_draws(
-    X: MetaFlowMap,
-    reward: Reward,
-    t: float,
-    x: Tensor,
-    n: int,
-    *,
-    y: Tensor | None,
-    max_rows: int | None,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """n posterior samples of each context and their rewards, draw by draw: `(n·B, *D)` and `(n·B,)`."""
-
-    def scored(z: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        draws = X(0.0, 1.0, z, t, x, y)
-        check_finite(draws, "the posterior samples")
-        return draws, evaluate_reward(reward, draws)
-
-    eps = noise_like(X, n * len(x), generator=generator)
-    contexts = x.expand(n, *x.shape).flatten(0, 1)
-    draws, r = by_rows(scored, max_rows, eps, contexts, None if y is None else y.repeat(n))
-    return draws, r
-
-
 def best(x: Tensor, r: Tensor, groups: int) -> Tensor:
-    """The state of the highest reward in each group, `(groups, *D)`; row i of x `(B, *D)` is in group i mod groups."""
-    winner = r.unflatten(0, (-1, groups)).argmax(0)
-    return x.unflatten(0, (-1, groups))[winner, torch.arange(groups, device=x.device)]
+    """The state of the highest reward in each group, `(groups, *D)`, of states `(n, B, *D)` with rewards `(n, B)`.
 
-
-def by_rows(
-    function: Callable[..., tuple[Tensor, ...]], max_rows: int | None, *rows: Tensor | None
-) -> tuple[Tensor, ...]:
-    """`function(*rows)`, called with at most `max_rows` rows at a time; an argument that is None stays None.
-
-    Raises:
-        ValueError: max_rows below one.
+    The states are counted row by row, i = 0 … nB − 1, and i is in group i mod groups.
     """
-    if max_rows is None:
-        return function(*rows)
-    check_count(max_rows, "max_rows")
-    total = next(len(a) for a in rows if a is not None)
-    cuts = [slice(i, i + max_rows) for i in range(0, total, max_rows)]
-    parts = [function(*(None if a is None else a[cut] for a in rows)) for cut in cuts]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    winner = r.reshape(-1, groups).argmax(0)
+    return x.reshape(-1, groups, *x.shape[2:])[winner, torch.arange(groups, device=x.device)]
 
 
 def _check_choice(value: str, name: str, one: str, other: str) -> None:

@@ -1,6 +1,7 @@
 """Steered sampling: the Doob ODE and the Doob SDE (E7, E8), with any estimator of the value's gradient."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,9 +59,12 @@ def steer(
     if method not in (*METHODS, "dps") or (method == "dps" and rescale):
         raise ValueError(f'method must be one of {", ".join(METHODS)} or "dps" (without rescale), got {method!r}')
     draws = n if callable(n) else lambda t: n
-    differentiable = method in ("controlled", "gradient")
-    max_rows = rows_within(memory, X, reward, y=y) if memory is not None and differentiable else None
     grid = time_grid(steps) if times is None else times
+
+    @cache  # called in the first step, so that an error of the reward names it
+    def max_rows() -> int | None:
+        return None if memory is None else rows_within(memory, X, None if method == "stein" else reward, y=y)
+
     with counting(X, reward, n_samples) as (counted, counted_reward, cost):
 
         def drift(t: float, x: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ def steer(
                 rescale=rescale,
                 y=y,
                 generator=generator,
-                max_rows=max_rows,
+                max_rows=max_rows(),
             )
 
         x = noise_like(X, n_samples, generator=generator)

@@ -336,10 +336,11 @@ def test_final_sde_step_lands_on_the_denoiser():
 @pytest.mark.parametrize(
     ("drift", "change", "match"),
     [
-        (lambda t, x: x, {"dynamics": "SDE"}, 'dynamics must be "ode" or "sde"'),
-        (lambda t, x: x / (t - 0.5), {}, "drift at t = 0.5000 must be finite"),
-        (lambda t, x: x + float("nan"), {"dynamics": "sde"}, "drift at t = 0.0000 must be finite"),
-        (lambda t, x: x[:, 0], {}, "these must have the same shape"),  # B = D: it would broadcast
+        (lambda t, x: x, {"dynamics": "SDE"}, "dynamics must be one of ode, midpoint, sde, got 'SDE'"),
+        (lambda t, x: x / (t - 0.5), {}, r"^step 3 of 4, at t = 0\.5: the drift must be finite, got 4 NaN or inf"),
+        (lambda t, x: x / (t - 0.375), {"dynamics": "midpoint"}, r"^step 2 of 4, at t = 0\.25: the drift must be fin"),
+        (lambda t, x: x + float("nan"), {"dynamics": "sde"}, "^step 1 of 4, at t = 0: the drift must be finite"),
+        (lambda t, x: x[:, 0], {}, "^step 1 of 4, at t = 0: these must have the same shape"),  # B = D
     ],
 )
 def test_integrate_refuses(drift, change, match):

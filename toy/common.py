@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from mfm_ref.files import load_json
+
 Config = TypeVar("Config", bound="ToyConfig")
 
 
@@ -81,3 +83,19 @@ def stream_of(config: ToyConfig, stage: int) -> int:
 def generator(config: ToyConfig, stage: int = 0) -> torch.Generator:
     """The random numbers of one stage of a run."""
     return torch.Generator(config.device).manual_seed(stream_of(config, stage))
+
+
+def read_result(path: Path, settings: str) -> dict[str, Any] | None:
+    """A JSON file of these settings, None where there is none. Raises ValueError for other settings."""
+    if not path.exists():
+        return None
+    found = load_json(path)
+    if found.pop("settings", None) != settings:
+        raise ValueError(f"{path} belongs to a run with other settings: remove it or write elsewhere (--out)")
+    return found
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from mfm_ref import MLP, ExactFlowMap, FlowMap, meta_flow_map_loss, train
 from mfm_ref.data import RandomBatches
-from mfm_ref.files import load_json, save_json
+from mfm_ref.files import save_json
 from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.interpolant import Drift
 from mfm_ref.recipe import no_context
 from mfm_ref.run_state import TrainConfig
 from mfm_ref.times import context_time
-from toy.common import ToyConfig, option, parse, set_up_processor
+from toy.common import ToyConfig, option, parse, read_result, set_up_processor
 from toy.comparison import TIMES, posterior_ratio, semigroup_residual
 from toy.objectives_figures import draw_objectives, draw_others
 from toy.problems import SHAPES, Problem, problem
@@ -121,22 +121,12 @@ class Job:
     @property
     def result(self) -> dict[str, Any] | None:
         """What `run` left, or None. Raises ValueError for a result of other settings."""
-        return read(self.folder / "result.json", self.settings)
+        return read_result(self.folder / "result.json", self.settings)
 
     @cached_property
     def law(self) -> Problem:
         """The data."""
         return problem(self.problem)
-
-
-def read(path: Path, settings: str) -> dict[str, Any] | None:
-    """A JSON file of these settings, None where there is none. Raises ValueError for other settings."""
-    if not path.exists():
-        return None
-    found = load_json(path)
-    if found.pop("settings", None) != settings:
-        raise ValueError(f"{path} belongs to a run with other settings: remove it or write elsewhere (--out)")
-    return found
 
 
 STAGES = {
@@ -264,7 +254,7 @@ def measure(config: ObjectivesConfig) -> dict[str, float]:
     """Seconds of one core that a step of each objective and of each stage takes: median of rounds, taken in turn."""
     path, n, rounds = config.out / "seconds_per_step.json", 20, 7
     settings = f"batch {config.batch}"
-    if (found := read(path, settings)) is not None:
+    if (found := read_result(path, settings)) is not None:
         return found
     names = [*OBJECTIVES, "diagonal from a drift", "diagonal from data"]
     clock: dict[str, list[float]] = {name: [] for name in names}

@@ -5,13 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toy.common import markdown
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def mixture_tables(report: dict[str, Any]) -> str:

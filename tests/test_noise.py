@@ -1,0 +1,230 @@
+"""The noises of posterior draws: each one N(0, I), rows apart, pairs that cancel, and Sobol points that fill the space.
+
+`LIMIT` of `helpers` bounds the statistics; the Kolmogorov–Smirnov tests raise a false alarm each with ALARM, at fixed
+seeds.
+"""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.quasirandom import SobolEngine
+
+from mfm_ref import posterior_noise
+from tests.helpers import LIMIT, slope, z_scores
+
+KINDS = ("independent", "antithetic", "sobol")
+ALARM = 1e-5  # for each of some 40 tests
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal_p(values):
+    """The smaller of the p-values of the values and, for their tails, of the Gaussian variance."""
+    values = values.flatten().double().numpy()
+    tail = stats.chi2(len(values)).cdf((values**2).sum())
+    return min(stats.kstest(values, "norm").pvalue, 2 * min(tail, 1 - tail))
+
+
+def errors(kind, n, f, truth, rows=4096, seed=0):
+    """Of the mean of f over n noises in two dimensions, one for each row."""
+    return f(posterior_noise(n, torch.zeros(rows, 2).double(), kind, generator=rng(seed))).mean(0) - truth
+
+
+def smooth(eps):
+    """A function of both coordinates, neither odd nor even; its mean is e^{−1/4} sin 1 + e^{1/8}."""
+    return torch.sin(eps.sum(-1) / 2**0.5 + 1) + torch.exp(eps[..., 0] / 2)
+
+
+SMOOTH_MEAN = math.exp(-1 / 2) * math.sin(1) + math.exp(1 / 8)
+
+
+# ---- the law of each noise -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_each_noise_is_standard_normal(kind, n):
+    eps = posterior_noise(n, torch.zeros(20_000, 3), kind, generator=rng(n))
+    for i in range(n):
+        for d in range(3):
+            assert normal_p(eps[i, :, d]) > ALARM
+        products = torch.stack([eps[i, :, 0] * eps[i, :, 1], eps[i, :, 0] * eps[i, :, 2], eps[i, :, 1] * eps[i, :, 2]], 1)
+        assert z_scores(products, 0.0).abs().max() < LIMIT
+
+
+def test_wrong_noises_fail():
+    """Unscrambled points, a shift shared by all rows, a wrong scale, and uniform numbers."""
+    points = SobolEngine(1).draw(8, dtype=torch.float64)[1:]  # without the 0
+    assert normal_p(torch.special.ndtri(points[2]).expand(20_000)) < ALARM
+    shared = posterior_noise(8, torch.zeros(1, 1), "sobol", generator=rng()).expand(8, 20_000, 1)
+    assert normal_p(shared[3]) < ALARM
+    good = posterior_noise(8, torch.zeros(20_000, 1), "sobol", generator=rng())[3]
+    assert normal_p(1.05 * good) < ALARM
+    assert normal_p(good + 0.05) < ALARM
+    assert normal_p(3.4641 * (torch.rand(20_000, generator=rng()) - 0.5)) < ALARM
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_uncorrelated_at_each_draw_and_in_their_errors(kind):
+    """Over 4000 calls, that share no scrambling: the noises of two rows, and the errors of their means."""
+    calls = [posterior_noise(4, torch.zeros(2, 2).double(), kind, generator=rng(seed)) for seed in range(4000)]
+    eps = torch.stack(calls)  # (calls, 4, 2 rows, 2)
+    products = (eps[:, :, 0, :, None] * eps[:, :, 1, None, :]).flatten(1)  # of each pair of coordinates
+    across = (eps[:, :1, 0] * eps[:, 1:, 1]).flatten(1)  # and of unlike draws
+    means = smooth(eps).mean(1) - SMOOTH_MEAN
+    for scores in (z_scores(products, 0.0), z_scores(across, 0.0), z_scores(means[:, 0] * means[:, 1], 0.0)):
+        assert scores.abs().max() < LIMIT
+
+
+def test_rows_have_shifts_of_their_own():
+    """Rows that shared theirs would be equal; here no two of them are, nor any two draws of a row."""
+    eps = posterior_noise(16, torch.zeros(500, 1).double(), "sobol", generator=rng()).flatten()
+    assert len(eps.unique()) == len(eps)
+
+
+def test_draws_are_independent_where_they_should_be():
+    eps = posterior_noise(4, torch.zeros(20_000, 1), "independent", generator=rng())[..., 0]
+    assert z_scores(torch.stack([eps[0] * eps[1], eps[2] * eps[3]], 1), 0.0).abs().max() < LIMIT
+    eps = posterior_noise(4, torch.zeros(20_000, 1), "antithetic", generator=rng())[..., 0]
+    assert z_scores(torch.stack([eps[0] * eps[2], eps[1] * eps[3]], 1), 0.0).abs().max() < LIMIT
+
+
+def test_a_call_differs_from_the_next_and_the_generator_decides():
+    for kind in KINDS:
+        x, same = torch.zeros(3, 2), rng(5)
+        first, second = (posterior_noise(8, x, kind, generator=same) for _ in range(2))
+        assert not torch.equal(first, second)
+        posterior_noise(16, torch.ones(2, 5), kind)  # whatever was drawn in between
+        assert torch.equal(first, posterior_noise(8, x, kind, generator=rng(5)))
+        torch.manual_seed(3)
+        first, second = (posterior_noise(8, x, kind) for _ in range(2))
+        torch.manual_seed(3)
+        assert torch.equal(first, posterior_noise(8, x, kind))
+        assert not torch.equal(first, second)
+
+
+# ---- antithetic pairs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_antithetic_pairs_cancel(n):
+    eps = posterior_noise(n, torch.zeros(7, 3, 2), "antithetic", generator=rng())
+    assert eps.shape == (n, 7, 3, 2)
+    for i in range(0, n - 1, 2):
+        assert torch.equal(eps[i], -eps[i + 1])
+    magnitudes = eps[::2].abs().flatten()
+    assert len(magnitudes.unique()) == len(magnitudes)  # the pairs differ, and so do the rows
+
+
+# ---- Sobol points ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 32])
+def test_sobol_points_lie_one_in_each_interval(n):
+    """n = 2^m points of one row have one coordinate in each of the n intervals of equal probability; also in pairs
+    of coordinates: one point in each of n equal boxes, whatever their sides, for the first two."""
+    eps = posterior_noise(n, torch.zeros(50, 6).double(), "sobol", generator=rng())
+    cells = (torch.special.ndtr(eps) * n).long().sort(0).values
+    assert torch.equal(cells, torch.arange(n).reshape(n, 1, 1).expand(n, 50, 6))
+    u = torch.special.ndtr(eps[..., :2])
+    for k in range(n.bit_length()):
+        a, b = 2**k, n // 2**k
+        boxes = (u[..., 0] * a).long() * b + (u[..., 1] * b).long()
+        assert torch.equal(boxes.sort(0).values, torch.arange(n).reshape(n, 1).expand(n, 50))
+
+
+def test_scrambling_is_more_than_a_shift():
+    """The exclusive or of two points' digits is what a shift leaves alone; over the calls it takes many values."""
+    cells = [
+        (torch.special.ndtr(posterior_noise(4, torch.zeros(1, 2).double(), "sobol", generator=rng(s))) * 2**12).long()
+        for s in range(50)
+    ]
+    assert len({int((c[0] ^ c[3])[0, 1]) for c in cells}) > 40
+
+
+def test_error_of_sobol_means_falls_faster():
+    """RMS over 4096 rows: as n^{−1/2} for independent noises, and steeper than n^{−1} for a smooth function."""
+    counts = [2, 4, 8, 16, 32, 64, 128]
+    rms = {
+        kind: [float(errors(kind, n, smooth, SMOOTH_MEAN).square().mean().sqrt()) for n in counts] for kind in KINDS
+    }
+    assert slope(counts, rms["independent"]) == pytest.approx(-0.5, abs=0.03)
+    assert slope(counts, rms["antithetic"]) == pytest.approx(-0.5, abs=0.03)
+    assert -1.6 < slope(counts, rms["sobol"]) < -1.0
+    assert all(a < b for a, b in zip(rms["sobol"], rms["independent"], strict=True))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 16, 33])
+def test_sobol_means_are_unbiased_and_no_worse_for_any_n(n):
+    """Of a step as of a smooth function; over calls, as rows share a scrambling."""
+    for f, truth in ((smooth, SMOOTH_MEAN), (lambda eps: (eps[..., 0] + eps[..., 1] > 1).double(), 0.23975)):
+        found = torch.stack([errors("sobol", n, f, truth, rows=64, seed=seed).mean() for seed in range(200)])
+        assert z_scores(found, 0.0).abs() < LIMIT
+        spread = [errors(kind, n, f, truth).square().mean().sqrt() for kind in ("sobol", "independent")]
+        assert spread[0] < spread[1]
+
+
+def test_sobol_errors_in_many_dimensions_are_no_larger():
+    """Of a mean over all 500 coordinates together, where points in few dimensions help little: within 10 %."""
+    x = torch.zeros(4000, 500)
+    found = []
+    for kind in ("sobol", "independent"):
+        eps = posterior_noise(8, x, kind, generator=rng())
+        found.append(torch.cos(eps.sum(-1) / 500**0.5).mean(0).sub(math.exp(-0.5)).square().mean().sqrt())
+    assert found[0] < 1.1 * found[1]
+
+
+# ---- shapes, dtypes, ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3,), (1, 2), (4, 1, 1), (5, 2, 3, 4)])
+def test_shape_and_dtype(kind, dtype, shape):
+    for n in (1, 2, 9):
+        eps = posterior_noise(n, torch.zeros(shape, dtype=dtype), kind, generator=rng())
+        assert eps.shape == (n, *shape) and eps.dtype == dtype and not eps.requires_grad
+
+
+def test_coordinates_beyond_the_sequence_are_normal_too():
+    eps = posterior_noise(8, torch.zeros(2, 22_000), "sobol", generator=rng())
+    assert eps.shape == (8, 2, 22_000)
+    assert normal_p(eps[..., SobolEngine.MAXDIM :]) > ALARM
+    inside = eps[..., : SobolEngine.MAXDIM].sum(0)  # evenly spread, so they nearly cancel
+    outside = eps[..., SobolEngine.MAXDIM :].sum(0)
+    assert inside.std() < 1 < outside.std()
+    assert posterior_noise(2, torch.zeros(1, 11_000, 2), "sobol", generator=rng()).shape == (2, 1, 11_000, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_always_finite(dtype, monkeypatch):
+    """Also where every random digit is the lowest or the highest one."""
+    for digit in (lambda high: 0, lambda high: high - 1):
+
+        def constant(high, size, *, digit=digit, dtype=torch.int64, **_):
+            return torch.full(tuple(size), digit(high), dtype=dtype)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", constant)
+            eps = posterior_noise(4, torch.zeros(3, 2, dtype=dtype), "sobol")
+        assert bool(torch.isfinite(eps).all()) and eps.abs().max() > 5
+
+
+def test_what_is_wrong_is_named():
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match=r"n must be an integer >= 1, got 0"):
+        posterior_noise(0, x)
+    with pytest.raises(ValueError, match=r'noise must be "independent", "antithetic" or "sobol", got \'halton\''):
+        posterior_noise(2, x, "halton")
+
+
+def test_what_later_calls_read_is_never_written_to():
+    """The unscrambled points are kept: a result changed in place changes no other."""
+    x = torch.zeros(3, 2)
+    first = posterior_noise(8, x, generator=rng())
+    again = posterior_noise(8, x, generator=rng()).zero_()
+    assert not again.any() and torch.equal(first, posterior_noise(8, x, generator=rng()))
