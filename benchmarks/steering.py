@@ -204,7 +204,7 @@ def tables(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     header = ["network", "method", "N", "step, ms", "loop over step", "step over 3N+1 passes", "in its own batches"]
     rows = [
-        [f"{name}, {result['batch']} states", method, n, f"{times['step_ms']:.1f}", f"{times['loop_to_step']:.0f}"]
+        [f"{name}, {result['batch']} states", method, n, f"{times['step_ms']:.1f}", f"{times['loop_to_step']:.1f}"]
         + [f"{times[key]:.2f}" for key in ("step_to_passes", "step_to_own_batches")]
         for name, result in report["networks"].items()
         for n, methods in result["draws"].items()

@@ -41,7 +41,7 @@ def collect(
     device: torch.device | str = "cpu",
     progress: str | None = None,
 ) -> tuple[Tensor, Cost]:
-    """`n_samples` samples, batch by batch: `collect(lambda rows, rng: steer(X, r, len(rows), generator=rng), 5000, 100)`.
+    """`n_samples` samples, batch by batch: `collect(lambda rows, rng: sample(X, len(rows), generator=rng), 5000, 100)`.
 
     Each batch has a generator of its own, so the samples are the same wherever the run was interrupted.
 

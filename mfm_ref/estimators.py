@@ -76,19 +76,23 @@ def stein_guidance(r: Tensor, draws: Tensor, t: Time) -> Tensor:
 
 
 def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Tensor:
-    """E17 with E16 as its control variate in the one direction in which the reward pulls.
+    """E16 and E17 as control variates of each other; the default.
 
-    Let ĝ be the direction of E16. Under the weights, g_i and f_i have the same mean, so that for any β
+    Under the weights, g_i and f_i have the same mean, so any mixture of E16 and E17 is consistent. Two are made:
 
-        (σ_t²/2) ∇V = Σ_i w_i f_i + β ⟨Σ_i w_i (g_i − f_i), ĝ⟩ ĝ,
+    - everywhere, E16 has the weight e = ESS/n: where the weights are even, its noise is small; where they are not, its
+      tails are heavy, and f_i has none;
+    - along the direction ĝ of E16, it has the weight β of least variance, by regression of ⟨f_i, ĝ⟩ on
+      ⟨f_i − g_i, ĝ⟩ over the draws, half with the weights and half without (the weights alone may leave one draw).
+      Across ĝ this one is E17.
 
-    and β is the one of least variance: the regression of ⟨f_i, ĝ⟩ on ⟨f_i − g_i, ĝ⟩ over the draws, half with the
-    weights and half without (the weights alone may leave one draw). For a Gaussian posterior and a quadratic reward
-    in one direction both are linear in the draw, and the combination has no noise in it at all. Across ĝ, E16 sees
-    nothing where the posterior has several modes (the pull between them is in rare draws with steep slopes), while E17
-    does; its noise there averages out over the steps of a sampler, where a bias would add up.
+    The second is used as far as ⟨f_i, ĝ⟩ and ⟨g_i, ĝ⟩ are one linear function of each other: with the weight R²,
+    adjusted for the number of draws. For a Gaussian posterior and a quadratic reward in one direction R² = 1, and the
+    result has no noise along ĝ at all. In symbols, with Δ = E16 − E17,
 
-    Consistent as n grows, as both parts are. For one draw it is E16.
+        (σ_t²/2) ∇V = E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ.
+
+    Consistent as n grows. For one draw it is E16, for two there is no R² and it counts as 0.
 
     Args:
         r: rewards `(n, B)`.
@@ -103,18 +107,29 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
         ValueError: t = 1, shapes that do not fit, or rewards that are not finite.
     """
     check_same_shape(draws=draws, pulls=pulls)
-    shifts, flat = (a.reshape(*a.shape[:2], -1) for a in (_shifts(draws, t), pulls))  # (n, B, D)
+    shifts, flat = _shifts(draws, t).flatten(2), pulls.flatten(2)  # (n, B, D)
+    if len(r) == 1:
+        return gradient_guidance(r, pulls)
     pull, shift = weighted_mean(r, flat), weighted_mean(r, shifts)  # (B, D)
     direction = pull / pull.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
     along_f, along_g = (torch.einsum("nbd,bd->nb", a, direction) for a in (shifts, flat))
-    weights = (torch.softmax(r, 0) + 1 / len(r)) / 2
-    apart = _centred(along_f - along_g, weights)
-    variance = (weights * apart.square()).sum(0)
-    covariance = (weights * apart * _centred(along_f, weights)).sum(0)
-    seen = variance > 0
-    beta = torch.where(seen, covariance / torch.where(seen, variance, 1.0), 1.0).clamp(0, 1)
-    step = beta.unsqueeze(-1) * ((pull - shift) * direction).sum(-1, keepdim=True) * direction
-    return (shift + step).reshape(draws.shape[1:])
+    beta, trust = (a.unsqueeze(-1) for a in _regression(r, along_f, along_g))  # (B, 1)
+    even = effective_sample_size(r).unsqueeze(-1) / len(r)
+    apart = pull - shift
+    along = (apart * direction).sum(-1, keepdim=True) * direction
+    return (shift + trust * beta * along + (1 - trust) * even * apart).reshape(draws.shape[1:])
+
+
+def _regression(r: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight β in [0, 1] of least variance of f + β (g − f), and the adjusted R² of f and g; from `(n, B)`."""
+    weights, n = (torch.softmax(r, 0) + 1 / len(r)) / 2, len(r)
+    f, g = (a - (weights * a).sum(0) for a in (f, g))
+    ff, gg, fg = ((weights * a * b).sum(0) for a, b in ((f, f), (g, g), (f, g)))
+    spread = ff + gg - 2 * fg  # of f − g
+    beta = torch.where(spread > 0, (ff - fg) / torch.where(spread > 0, spread, 1.0), 1.0).clamp(0, 1)
+    squared = torch.where(ff * gg > 0, fg.square() / torch.where(ff * gg > 0, ff * gg, 1.0), 0.0)
+    adjusted = 1 - (1 - squared) * (n - 1) / (n - 2) if n > 2 else torch.zeros_like(squared)
+    return beta, adjusted.clamp(0, 1)
 
 
 def _shifts(draws: Tensor, t: Time) -> Tensor:
@@ -123,10 +138,6 @@ def _shifts(draws: Tensor, t: Time) -> Tensor:
     if bool((t == 1).any()):
         raise ValueError("this estimator needs t < 1, got t = 1, where the posterior is one point")
     return (draws - draws.mean(0)) / (1 - t)
-
-
-def _centred(values: Tensor, weights: Tensor) -> Tensor:
-    return values - (weights * values).sum(0)
 
 
 def _broadcast(weights: Tensor, values: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
-from benchmarks import objectives
+from benchmarks import objectives, steering
 from benchmarks.objectives import OBJECTIVES, BenchmarkConfig, Passes, loss_of
+from benchmarks.steering import SteeringConfig, loop_drift
 from benchmarks.transformer import Transformer
-from mfm_ref import FlowMap
+from mfm_ref import FlowMap, doob_drift
+from mfm_ref.noise import posterior_noise
 from tests.strategies import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
@@ -73,6 +75,56 @@ def test_a_target_without_a_graph_needs_the_memory_of_plain_flow_matching():
     X, x1 = objectives.networks(BenchmarkConfig(transformer_batch=4))["transformer"]
     plain, without, one_pass = objectives.memory_of(BenchmarkConfig(), X, x1).values()
     assert without < 1.2 * plain < 2 * plain < one_pass
+
+
+# ---- the guided step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", steering.METHODS)
+@pytest.mark.parametrize("network", ["mlp", "transformer"])
+def test_the_loop_computes_what_the_step_computes(network, method):
+    """In double precision, on the same noises, sample by sample and draw by draw."""
+    X, reward, x = steering.networks(SteeringConfig(mlp_batch=3, transformer_batch=2))[network]
+    X, x = X.double(), x.double()
+    if network == "mlp":
+        x = x / 10  # a reward this steep leaves one weight elsewhere
+    eps = posterior_noise(4, x, "independent", generator=torch.Generator().manual_seed(0))
+    looped = loop_drift(X, reward, 0.5, x, eps, method)
+    step = doob_drift(X, reward, 0.5, x, 4, method, eps=eps)
+    assert looped.shape == x.shape
+    assert float((looped - step).abs().max() / looped.abs().max()) < 1e-9
+    other = doob_drift(X, reward, 0.5, x, 4, "stein", eps=eps)
+    assert float((looped - other).abs().max() / looped.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("method", steering.METHODS)
+def test_the_bound_is_of_the_passes_of_a_step(method):
+    """3N+1 a state, a backward pass as two: on both sides the same rows, and in the same batches in the second one."""
+    network = Counted()
+    X, x, n = FlowMap(network), torch.randn(8, 2), 4
+
+    def rows(run) -> Counter:
+        network.rows.clear()
+        run()
+        return Counter(network.rows)
+
+    step = rows(steering.guided_step(X, lambda x1: x1.sum(-1), x, n, method, torch.Generator().manual_seed(0)))
+    assert step == {"forward": 8 * (n + 1), "backward": 8 * n}
+    for batches in ([1] * (3 * n + 1), [n, n, n, 1]):
+        bare = rows(steering.bare_passes(X, x, batches))
+        assert bare == {"forward": step["forward"] + 2 * step["backward"]}
+
+
+def test_the_steering_benchmark_runs_and_writes_what_it_prints(tmp_path):
+    report = steering.main(SteeringConfig(out=tmp_path, fast=True, date="2000-01-01"))
+    assert json.loads((tmp_path / "steering.json").read_text()) == report
+    assert report["date"] == "2000-01-01"
+    for result in report["networks"].values():
+        assert list(result["draws"]) == [str(n) for n in steering.DRAWS]
+        for methods in result["draws"].values():
+            assert list(methods) == list(steering.METHODS)
+            assert all(value > 0 for times in methods.values() for value in times.values())
+    assert steering.tables(report).count("\n") == 1 + 2 * 2 * 2  # header, rule, and networks by draws by methods
 
 
 # ---- the transformer -----------------------------------------------------------------------------------

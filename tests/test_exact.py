@@ -1,4 +1,4 @@
-"""E11: the oracle's three routes against SciPy, against each other, and against the equations that define the map."""
+"""E11: the oracle's four routes against SciPy, against each other, and against the equations that define the map."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from mfm_ref import ExactFlowMap, GaussianMixture, glass_drift
-from mfm_ref.exact import _solve
+from mfm_ref.exact import _solve, _split
 from tests.strategies import (
     INTERIOR,
+    SEEDS,
     TIMES,
     Case,
     assert_close,
@@ -27,30 +28,53 @@ from tests.strategies import (
     rng,
     row_scale,
 )
+from toy.mixture import paper_mixture
 
 EXACT = 1e-9  # closed forms: a rounding of 1e-16, times 1/(1−t) <= 100 and a stretch of the map of up to 1e3
 # The ODE solve at the default step: error of the mixtures below, measured at 1e-9 on most and 1e-7 on the worst, where
 # a basin boundary separates neighbouring states and stretches every error.
 SOLVED = 1e-6
 
+
+def apart_on_a_line(dim: int, n_components: int, seed: int) -> GaussianMixture:
+    """Components that differ along one axis only, of any direction: in weight, mean and variance."""
+    along = random_mixture(1, n_components, seed)
+    across = random_mixture(dim - 1, 1, seed + 1)
+    turn = torch.linalg.qr(randn(dim, dim, seed=seed + 2)).Q
+    covs = torch.zeros(n_components, dim, dim, dtype=torch.float64)
+    covs[:, :1, :1], covs[:, 1:, 1:] = along.covs, across.covs
+    means = torch.cat([along.means, across.means.expand(n_components, -1)], 1)
+    covs = turn @ covs @ turn.T
+    return GaussianMixture(along.weights, means @ turn.T, (covs + covs.mT) / 2)
+
+
 ONE_GAUSSIAN = mixtures(max_components=1)
 ONE_DIMENSION = mixtures(max_dim=1, min_components=2)
+ONE_LINE = st.builds(apart_on_a_line, st.integers(2, 5), st.integers(2, 4), SEEDS)
 GENERAL = mixtures(min_dim=2, max_dim=4, min_components=2, max_components=4)
 BEFORE_ONE = st.just(0.0) | INTERIOR
 
-closed_forms = pytest.mark.parametrize("p1", [ONE_GAUSSIAN, ONE_DIMENSION], ids=["gaussian", "line"])
+ROUTES = ["gaussian", "line", "split", "solve"]
+closed_forms = pytest.mark.parametrize("p1", [ONE_GAUSSIAN, ONE_DIMENSION, ONE_LINE], ids=ROUTES[:3])
 all_routes = pytest.mark.parametrize(
-    ("p1", "tol"), [(ONE_GAUSSIAN, EXACT), (ONE_DIMENSION, EXACT), (GENERAL, SOLVED)], ids=["gaussian", "line", "solve"]
+    ("p1", "tol"),
+    [(ONE_GAUSSIAN, EXACT), (ONE_DIMENSION, EXACT), (ONE_LINE, EXACT), (GENERAL, SOLVED)],
+    ids=ROUTES,
 )
 few = settings(max_examples=8)  # each example solves an ODE in Python
 
 
 def one_of_each() -> list[GaussianMixture]:
-    """A mixture for each route: one Gaussian, one dimension, the general case."""
-    return [random_mixture(2, 1, seed=1), random_mixture(1, 3, seed=2), random_mixture(2, 3, seed=3)]
+    """A mixture for each route: one Gaussian, one dimension, one line, the general case."""
+    return [
+        random_mixture(2, 1, seed=1),
+        random_mixture(1, 3, seed=2),
+        apart_on_a_line(2, 3, seed=4),
+        random_mixture(2, 3, seed=3),
+    ]
 
 
-routes = pytest.mark.parametrize("p1", one_of_each(), ids=["gaussian", "line", "solve"])
+routes = pytest.mark.parametrize("p1", one_of_each(), ids=ROUTES)
 
 
 def line_cdf(p1: GaussianMixture, t: float, x: float, s: float):
@@ -182,12 +206,101 @@ def test_solve_is_scipys(case: Case):
 
 
 @few
-@given(cases(p1=ONE_GAUSSIAN | ONE_DIMENSION, t=BEFORE_ONE))
+@given(cases(p1=ONE_GAUSSIAN | ONE_DIMENSION | ONE_LINE, t=BEFORE_ONE))
 def test_solve_is_the_closed_forms(case: Case):
     s, u = column(case.s.expand(case.size)), column(case.u.expand(case.size))
     solved = _solve(case.p1.posterior(case.t, case.x), s, u, case.z, 0.05)
     expected = ExactFlowMap(case.p1)(case.s, case.u, case.z, case.t, case.x)
     assert_close(solved, expected, 1e-8, row_scale(case.x, expected))
+
+
+# ---- components on a line ------------------------------------------------------------------------------
+
+
+@settings(max_examples=6)
+@given(cases(p1=ONE_LINE, t=st.floats(0, 0.9), s=st.floats(0, 0.9), max_size=2))
+def test_one_line_has_the_derivatives_of_the_solve(case: Case):
+    """In z, in t·x and so in x, and in all three times, B of them; each row's own, so that B = D is no special case."""
+    p1, size = case.p1, case.size
+    s, t = case.s.expand(size), case.t.expand(size)
+    u = torch.maximum(case.u.expand(size), s + 0.05)  # on the diagonal the map starts: no derivative on both sides
+    weights, X = randn(*case.z.shape, seed=case.seed), ExactFlowMap(p1)
+    assert X._parts is not None
+
+    def solved(s: Tensor, u: Tensor, z: Tensor, t: Tensor, tx: Tensor) -> Tensor:
+        return _solve(p1.posterior_from_tx(t, tx), column(s), column(u), z, 0.05)
+
+    found = []
+    for f in (X.from_tx, solved):
+        s_, u_, z, t_, x = (a.clone().requires_grad_() for a in (s, u, case.z, t, case.x))
+        tx = column(t_) * x
+        end = f(s_, u_, z, t_, tx)
+        found.append((end.detach(), *torch.autograd.grad((weights * end).sum(), (s_, u_, z, t_, tx, x))))
+    for name, split, other in zip(["end", "s", "u", "z", "t", "t x", "x"], *found, strict=True):
+        scale = 1 + float(other.abs().max())
+        assert_close(split, other, 1e-8 if name == "end" else 1e-7, scale)  # a derivative of the solve loses a digit
+
+
+def test_the_papers_mixture_takes_the_short_route():
+    p1, _ = paper_mixture()  # in single precision
+    axis, rest, basis = _split(p1)
+    assert torch.allclose(basis[:, 0].abs(), torch.full((2,), 0.5).sqrt())
+    assert torch.allclose(axis.means.flatten().sort().values, torch.tensor([-18.0, 0.0, 18.0]).sign() * 18**0.5)
+    assert rest.means.abs().max() < 1e-5
+    z, x = torch.randn((2, 20, 2), generator=rng(0))
+    exact = ExactFlowMap(p1.to(torch.float64), max_step=0.05)
+    solved = exact.p1.posterior(0.4, x.double())
+    zero = torch.zeros(20, 1, dtype=torch.float64)
+    expected = _solve(solved, zero, zero + 1, z.double(), 0.05)
+    assert_close(exact(0.0, 1.0, z.double(), 0.4, x.double()), expected, 1e-8, row_scale(expected))
+    assert_close(ExactFlowMap(p1)(0.0, 1.0, z, 0.4, x).double(), expected, 1e-4, row_scale(expected))
+
+
+@given(st.integers(2, 5), st.integers(2, 4), SEEDS)
+def test_parts_of_a_line_are_the_mixture(dim, n_components, seed):
+    """The basis is orthogonal, and the density is the product of the parts' densities."""
+    p1 = apart_on_a_line(dim, n_components, seed)
+    axis, rest, basis = _split(p1)
+    assert_close(basis.T @ basis, torch.eye(dim, dtype=torch.float64), 1e-12)
+    x = p1.sample(20, generator=rng(seed))
+    expected = p1.log_prob(x)
+    placed = x @ basis
+    assert_close(axis.log_prob(placed[:, :1]) + rest.log_prob(placed[:, 1:]), expected, 1e-8, 1 + expected.abs())
+
+
+def changed(change: str) -> GaussianMixture:
+    """Three components in three dimensions on a line, with one condition of the short route broken by one part in 100.
+
+    "bent": a mean off the line. "across": another variance across it. "turned": one with an axis askew to the line.
+    """
+    p1 = apart_on_a_line(3, 3, seed=5)
+    line = torch.nn.functional.normalize(p1.means[1] - p1.means[0], dim=0)
+    off = torch.linalg.qr(torch.stack([line, randn(3, seed=6)], 1)).Q[:, 1]
+    means, covs = p1.means.clone(), p1.covs
+    if change == "bent":
+        means[2] += 0.01 * off
+    if change == "across":
+        covs[1] += 0.01 * off.outer(off)
+    if change == "turned":
+        covs[1] += 0.01 * (line.outer(off) + off.outer(line))
+    if change == "all turned":  # one covariance, of which the line is no principal axis
+        covs = (covs[:1] + 0.01 * (line.outer(off) + off.outer(line))).expand(3, 3, 3)
+    return GaussianMixture(p1.weights, means, covs)
+
+
+def test_the_short_route_is_taken_only_where_it_is_exact():
+    assert _split(changed("nothing")) is not None
+    for change in ("bent", "across", "turned", "all turned"):
+        assert _split(changed(change)) is None, change
+    assert _split(random_mixture(1, 3, seed=1)) is None  # one dimension has its own
+    assert _split(random_mixture(3, 1, seed=1)) is None  # as has one Gaussian
+    z, x = randn(2, 4, 3, seed=7)
+    X = ExactFlowMap(changed("bent"), max_step=0.05)
+    zero = torch.zeros(4, 1, dtype=torch.float64)
+    expected = _solve(X.p1.posterior(0.4, x), zero, zero + 1, z, 0.05)
+    assert torch.equal(X(0.0, 1.0, z, 0.4, x), expected)
+    on_the_line = ExactFlowMap(changed("nothing"))(0.0, 1.0, z, 0.4, x)
+    assert float((on_the_line - expected).abs().max()) > 1e-5  # taken there, the short route would be seen
 
 
 def test_solve_converges_with_order_eight():

@@ -86,18 +86,13 @@ class Run:
     draws: int = 1  # N, posterior draws per state
 
 
-RUNS = list(
-    dict.fromkeys(
-        Run(method=method, **change)
-        for method in METHODS
-        for change in (
-            *({"strength": strength} for strength in STRENGTHS),
-            *({"weight": weight} for weight in WEIGHTS),
-            *({"law": law} for law in LAWS),
-            *({"objective": objective, "draws": n} for objective in ("E18", "regression") for n in DRAWS),
-        )
-    )
-)
+CHANGES: list[dict[str, Any]] = [
+    *({"strength": strength} for strength in STRENGTHS),
+    *({"weight": weight} for weight in WEIGHTS),
+    *({"law": law} for law in LAWS),
+    *({"objective": objective, "draws": n} for objective in ("E18", "regression") for n in DRAWS),
+]
+RUNS = list(dict.fromkeys(Run(method=method, **change) for method in METHODS for change in CHANGES))
 
 
 # ---- training ------------------------------------------------------------------------------------------
@@ -211,13 +206,13 @@ class Judge:
     def __init__(self, config: FinetuningConfig, p1: GaussianMixture, r: GaussianLikelihood, strength: float):
         self.config, self.p1, self.r = config, p1, r
         self.target = p1.tilt(times_reward(r, strength))
-        sets = {"set_size": config.samples, "exact_sets": config.exact_sets}
-        self.law = TiltedLaw(MixtureConfig(seed=config.seed, device=config.device, **sets), self.target)
+        sets = MixtureConfig(
+            seed=config.seed, device=config.device, set_size=config.samples, exact_sets=config.exact_sets
+        )
+        self.law = TiltedLaw(sets, self.target)
 
     def __call__(self, drift: Drift) -> dict[str, Any]:
-        """Error to b*, over t and at single times; of the samples of its ODE the distance to p*, the mean reward and
-        KL(q‖p₁) and KL(q‖p*), by the density q that the flow gives them.
-        """
+        """Error to b*; of the samples of its ODE, sliced W₂ to p*, mean reward, and KL(q‖p₁), KL(q‖p*) of their law q."""
         config, rng = self.config, generator(self.config, 3)
         n, device = config.error_samples, config.device
         uniform = 0.02 + (LATEST - 0.02) * torch.rand(n, generator=rng, device=device)
@@ -244,20 +239,20 @@ def regression_bias(
     rng, target = generator(config, 4), p1.tilt(r)
     t = 0.02 + (LATEST - 0.02) * torch.rand(config.bias_states, generator=rng, device=config.device)
     x = path_of(target, t, rng)
-    exact, found = target.drift(t, x), {}
+    exact = target.drift(t, x)
+    bias: dict[str, dict[str, float]] = {method: {} for method in METHODS}
     X1, gradient = context_gradient(X, r, t, x, draws, generator=rng)
     for method, values in (
         ("gradient", p1.drift(t, x) + gradient),
         ("stein", (X1 - x) / (1 - t.unsqueeze(-1))),
     ):
-        found[method] = {}
         for n in DRAWS:
             groups = [a.unflatten(0, (n, draws // n)).flatten(1, 2) for a in (rewards_of(r, X1), values)]  # (N, G·B, …)
             off = weighted_mean(*groups).unflatten(0, (draws // n, len(x))) - exact  # (G, B, D)
             one, other = off.chunk(2)
             squared = (one.mean(0) * other.mean(0)).sum() / exact.square().sum()
-            found[method][str(n)] = float(squared.clamp_min(0).sqrt())
-    return found
+            bias[method][str(n)] = float(squared.clamp_min(0).sqrt())
+    return bias
 
 
 # ---- the whole -----------------------------------------------------------------------------------------
@@ -298,3 +293,135 @@ def found(report: dict[str, Any], **fields: Any) -> dict[str, Any]:
     """The run whose fields, those of `Run`, are these and otherwise the defaults."""
     wanted = dataclasses.asdict(Run(**fields))
     return next(run for run in report["runs"] if wanted.items() <= run.items())
+
+
+# ---- picture and tables --------------------------------------------------------------------------------
+
+NAMES = {"gradient": "gradient form", "stein": "Stein form"}
+SHADES = {"gradient": "blue", "stein": "green"}
+CHOICES: dict[str, dict[str, Any]] = {
+    "w(t) = 1, states of the base": {},
+    "w(t) = 1 − t": {"weight": "1 − t"},
+    "w(t) = t": {"weight": "t"},
+    "states of the student": {"law": "student"},
+    "states of a broad Gaussian": {"law": "broad"},
+}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Errors by objective and choice, reward and KL against λ, and the ablation against N."""
+    figure, axes = new_figure(2, 3, size=(3.6, 3.0))
+    _draw_errors(axes[0, 0], report)
+    _draw_choices(axes[0, 1], report)
+    _draw_strengths(axes[0, 2], report, "reward", "mean reward −(y − a·x)²/2σ²")
+    _draw_strengths(axes[1, 2], report, "kl", "KL from the base, nats")
+    _draw_ablation(axes[1, 0], report, "error", "relative error to b*")
+    _draw_ablation(axes[1, 1], report, "sw2", "sliced W₂ of ODE samples to p*")
+    figure.suptitle("Fine-tuning a drift to p* ∝ p₁ e^{λr} on the paper's mixture, where the optimum b* is known")
+    save_figure(figure, path)
+
+
+def _draw_errors(ax: Any, report: dict[str, Any]) -> None:
+    lines = [("base, before", report["base"], "grey", ":")]
+    for method in METHODS:
+        tuned, plain = found(report, method=method), found(report, method=method, objective="regression", draws=16)
+        lines += [(f"E18, {NAMES[method]}", tuned, SHADES[method], "-")]
+        lines += [(f"regression, N = 16, {NAMES[method]}", plain, SHADES[method], "--")]
+    for label, run, colour, style in lines:
+        ax.plot(
+            [float(t) for t in run["error_at"]], run["error_at"].values(), style, color=COLOURS[colour], label=label
+        )
+    ax.set(xlabel="time t", ylabel="relative error to b*", yscale="log", title="λ = 1: the drift along p*_t")
+    ax.set_ylim(top=20)
+    ax.legend(fontsize=7)
+
+
+def _draw_choices(ax: Any, report: dict[str, Any]) -> None:
+    for method in METHODS:
+        errors = [found(report, method=method, **change)["error"] for change in CHOICES.values()]
+        ax.plot(errors, range(len(CHOICES)), "o", color=COLOURS[SHADES[method]], label=NAMES[method])
+    ax.set_yticks(range(len(CHOICES)), CHOICES)
+    ax.invert_yaxis()
+    ax.set(xlabel="relative error to b*", title="E18, λ = 1: weight and law of the states")
+    ax.set_xlim(left=0)
+    ax.legend(fontsize=7)
+
+
+def _draw_strengths(ax: Any, report: dict[str, Any], key: str, label: str) -> None:
+    best = {float(strength): best[key] for strength, best in report["optimum"].items()}
+    ax.plot(best.keys(), best.values(), color=COLOURS["grey"], linewidth=4, alpha=0.6, label="optimum p*, closed form")
+    for method, marker in zip(METHODS, "os", strict=True):
+        values = [found(report, method=method, strength=strength)[key] for strength in STRENGTHS]
+        ax.plot(STRENGTHS, values, marker + "--", color=COLOURS[SHADES[method]], label=f"E18, {NAMES[method]}")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(STRENGTHS, [f"{strength:g}" for strength in STRENGTHS])
+    ax.set(xlabel="strength λ of the reward", ylabel=label, title=f"samples of the student: {label.split(' −')[0]}")
+    ax.legend(fontsize=7)
+
+
+def _draw_ablation(ax: Any, report: dict[str, Any], key: str, label: str) -> None:
+    for method in METHODS:
+        colour = COLOURS[SHADES[method]]
+        for objective, style in (("E18", "o-"), ("regression", "s--")):
+            values = [found(report, method=method, objective=objective, draws=n)[key] for n in DRAWS]
+            ax.plot(DRAWS, values, style, color=colour, label=f"{objective}, {NAMES[method]}")
+        if key == "error":
+            bias = report["regression_bias"][method].values()
+            ax.plot(DRAWS, bias, ":", color=colour, label=f"regression's own minimiser, {NAMES[method]}")
+    if key == "sw2":
+        ax.axhline(report["base"]["floor"], color=COLOURS["grey"], linewidth=1, label="two exact sets (floor)")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(DRAWS, [str(n) for n in DRAWS])
+    ax.set(xlabel="posterior draws per state, N", ylabel=label, yscale="log", title="λ = 1, equal draws in all")
+    ax.legend(fontsize=6.5)
+
+
+def table(report: dict[str, Any]) -> str:
+    """E18 and its choices; the strengths; the ablation."""
+    header = ["relative error to b*", "sliced W₂ to p*", "mean reward", "KL from the base", "KL to p*"]
+    columns = (("error", 3), ("sw2", 2), ("reward", 2), ("kl", 2), ("kl_to_target", 3))
+
+    def cells(run: dict[str, Any]) -> list[str]:
+        return [f"{run[key]:.{digits}f}" for key, digits in columns]
+
+    rows = [["base, before", *cells(report["base"])]]
+    for name, change in CHOICES.items():
+        rows += [[f"{NAMES[method]}, {name}", *cells(found(report, method=method, **change))] for method in METHODS]
+    exact = report["exact"]["1.0"]
+    rows += [["b* itself, same noise", *cells(exact)]]
+    best = report["optimum"]["1.0"]
+    rows += [
+        ["optimum, closed form", "0", f"floor {exact['floor']:.2f}", f"{best['reward']:.2f}", f"{best['kl']:.2f}", "0"]
+    ]
+    choices = markdown(["E18, λ = 1", *header], rows)
+
+    rows = []
+    for strength in STRENGTHS:
+        tuned, best = (found(report, method=m, strength=strength) for m in METHODS), report["optimum"][str(strength)]
+        for name, run in zip(NAMES.values(), tuned, strict=True):
+            pairs = [f"{run[key]:.2f} / {best[key]:.2f}" for key in ("reward", "kl")]
+            rows.append([f"{strength:g}", name, f"{run['error']:.3f}", f"{run['sw2']:.2f}", *pairs])
+    header = [
+        "λ",
+        "E18",
+        "relative error to b*",
+        "sliced W₂ to p*",
+        "mean reward / optimum",
+        "KL from the base / optimum",
+    ]
+    strengths = markdown(header, rows)
+
+    rows = []
+    for method in METHODS:
+        for objective in ("E18", "regression"):
+            runs = [found(report, method=method, objective=objective, draws=n) for n in DRAWS]
+            values = [f"{run['error']:.3f} / {run['sw2']:.2f}" for run in runs]
+            rows.append([f"{objective}, {NAMES[method]}", *values])
+        bias = report["regression_bias"][method].values()
+        rows.append([f"regression's own minimiser, {NAMES[method]}", *(f"{value:.3f} /" for value in bias)])
+    ablation = markdown(["relative error to b* / sliced W₂", *(f"N = {n}" for n in DRAWS)], rows)
+    return "\n\n".join((choices, strengths, ablation))
+
+
+if __name__ == "__main__":
+    print(table(main(parse(FinetuningConfig, __doc__ or ""))))

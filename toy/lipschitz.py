@@ -231,7 +231,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     distances = [int(d) for d in report["line"]]
     for ax, name, title in (
         (axes[0, 0], "line", "one dimension"),
-        (axes[0, 1], "crossed", "two dimensions: crossed ellipses, lines as on the left"),
+        (axes[0, 1], "crossed", "two dimensions, crossed ellipses: the same"),
     ):
         for key, (label, colour, style) in lines.items():
             values = [v[key] for v in report[name].values()]
