@@ -24,9 +24,8 @@ from benchmarks.transformer import Transformer
 from mfm_ref import MLP, FlowMap, doob_drift
 from mfm_ref.checks import Reward
 from mfm_ref.files import save_json
-from toy.common import ToyConfig, option, parse, set_up_processor
+from toy.common import ToyConfig, markdown, option, parse, set_up_processor
 from toy.mixture import paper_mixture
-from toy.table import markdown
 
 METHODS = ("gradient", "controlled")
 TIME = 0.5  # of the step
@@ -55,7 +54,7 @@ DRAWS = (4, 16)
 def loop_drift(X: FlowMap, reward: Reward, t: float, x: Tensor, eps: Tensor, method: str) -> Tensor:
     """E7 by its formulas, one sample and one draw at a time; `doob_drift` with the noises eps `(n, B, *D)`, 0 < t < 1.
 
-    E16 is Σ w_i g_i and E17 Σ w_i f_i; "controlled" adds β ⟨E16 − E17, ĝ⟩ ĝ to E17, see `controlled_guidance`.
+    E16 is Σ w_i g_i and E17 Σ w_i f_i; "controlled" is made of both, see `controlled_guidance`.
     """
     drifts = []
     for k, state in enumerate(x.split(1)):
@@ -78,15 +77,17 @@ def loop_drift(X: FlowMap, reward: Reward, t: float, x: Tensor, eps: Tensor, met
 
 
 def controlled(weights: Tensor, shifts: list[Tensor], pulls: list[Tensor]) -> Tensor:
-    """The combination of E17 and E16 for one sample: weights `(n,)`, f_i and g_i each `(D,)`."""
-    pull, shift = sum_of(weights, pulls), sum_of(weights, shifts)
-    direction = pull / pull.norm()
-    along = torch.stack([f @ direction for f in shifts])
-    apart = along - torch.stack([g @ direction for g in pulls])
-    halved = (weights + 1 / len(weights)) / 2
-    deviation = apart - halved @ apart
-    beta = (halved @ (deviation * (along - halved @ along)) / (halved @ deviation.square())).clamp(0, 1)
-    return shift + beta * ((pull - shift) @ direction) * direction
+    """E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ for one sample: weights `(n,)`, n > 2, f_i and g_i each `(D,)`."""
+    n, shift, apart = len(weights), sum_of(weights, shifts), sum_of(weights, pulls) - sum_of(weights, shifts)
+    direction = sum_of(weights, pulls) / sum_of(weights, pulls).norm()
+    halved = (weights + 1 / n) / 2
+    f, g = (torch.stack([value @ direction for value in values]) for values in (shifts, pulls))
+    f, g = f - halved @ f, g - halved @ g
+    beta = (halved @ (f * (f - g)) / (halved @ (f - g).square())).clamp(0, 1)
+    squared = (halved @ (f * g)).square() / (halved @ f.square() * (halved @ g.square()))
+    trust = (1 - (1 - squared) * (n - 1) / (n - 2)).clamp(0, 1)
+    even = 1 / weights.square().sum() / n
+    return shift + trust * beta * (apart @ direction) * direction + (1 - trust) * even * apart
 
 
 def sum_of(weights: Tensor, values: list[Tensor]) -> Tensor:

@@ -107,7 +107,7 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
         ValueError: t = 1, shapes that do not fit, or rewards that are not finite.
     """
     check_same_shape(draws=draws, pulls=pulls)
-    shifts, flat = _shifts(draws, t).flatten(2), pulls.flatten(2)  # (n, B, D)
+    shifts, flat = (a.reshape(*a.shape[:2], -1) for a in (_shifts(draws, t), pulls))  # (n, B, D)
     if len(r) == 1:
         return gradient_guidance(r, pulls)
     pull, shift = weighted_mean(r, flat), weighted_mean(r, shifts)  # (B, D)

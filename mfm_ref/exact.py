@@ -82,11 +82,11 @@ class ExactFlowMap:
         """X_{s,u} for t < 1, by the cheapest route that applies."""
         if self._parts is not None:
             axis, rest, basis = self._parts
-            along, across = (z @ basis).split([1, self.p1.dim - 1], 1)
+            start = along, across = (z @ basis).split([1, self.p1.dim - 1], 1)
             tx_along, tx_across = (tx @ basis).split([1, self.p1.dim - 1], 1)
             along = _quantile_transport(axis.posterior_from_tx(t, tx_along), s, u, along)
             across = _gaussian_flow(rest.posterior_from_tx(t, tx_across), s, u, across)
-            return torch.cat([along, across], 1) @ basis.T
+            return z + (torch.cat([along, across], 1) - torch.cat(start, 1)) @ basis.T  # z itself where s = u
         posterior = self.p1.posterior_from_tx(t, tx)
         if posterior.log_weights.shape[-1] == 1:
             return _gaussian_flow(posterior, s, u, z)
@@ -203,7 +203,7 @@ def _solve(posterior: GaussianMixture, s: Tensor, u: Tensor, z: Tensor, max_step
         return (now + alpha) * (1 - now + beta) / total * posterior.drift(now.flatten(), state)
 
     tau, end = clock(s), clock(u)
-    n_steps = max(1, math.ceil(float((end - tau).max()) / max_step))
+    n_steps = max(1, math.ceil(float((end - tau).detach().max()) / max_step))
     step = (end - tau) / n_steps
     for _ in range(n_steps):
         z = z + step * _dormand_prince(rate, tau, z, step)

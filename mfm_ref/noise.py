@@ -16,10 +16,12 @@ def posterior_noise(n: int, x: Tensor, kind: str = "sobol", *, generator: torch.
     """n standard normal noises for each row of x, `(n, B, *D)`. Each ε_i alone is exactly N(0, I), for every kind.
 
     - "independent": what the name says.
-    - "antithetic": pairs ε, −ε, so that the mean of an odd function has no error; the last one of an odd n has none.
+    - "antithetic": pairs ε, −ε, so that the mean of an odd function has no error, and that of an even one √2 times
+      the error of independent draws; the last one of an odd n has no partner.
     - "sobol": n points of a Sobol sequence, scrambled anew at each call and shifted anew for each row, through the
-      normal quantile function. They fill the space evenly, best for n a power of two; the error of a mean falls
-      nearly as 1/n where few directions matter, and is no larger than that of independent draws elsewhere.
+      normal quantile function. They fill the space evenly, best for n a power of two: where few directions matter,
+      the error of a mean falls faster than 1/n. For a function of the sum of many coordinates it is that of
+      independent draws, or less, or (an even one) up to 1.2 times that.
 
     Rows are independent of each other (for "sobol", given the scrambling that they share).
 

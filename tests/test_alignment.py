@@ -104,7 +104,7 @@ def test_gradient_estimators_converge_with_slopes_one_half_and_one():
 
     At each N, 1.6e6 independent draws: the bias at N = 64 is known to 8 %, which makes its slope's standard error 0.03;
     five of them is the tolerance. The error's slope is known to 0.01 and is off by up to 0.03 from the 1/N² variance.
-    "controlled" has a tenth of the bias of the others here, known to 50 % at N = 64 and to 20 % at N = 8.
+    "controlled" has less than a third of the bias of the others here, known to 7 % at N = 8.
     """
     p1, reward, t = gaussian(), pull(), 0.3
     X, truth = ExactFlowMap(p1), exact_gradient(p1, reward, t, CONTEXT)
@@ -121,8 +121,8 @@ def test_gradient_estimators_converge_with_slopes_one_half_and_one():
         assert biases[method][-1] < 0.02 * truth.norm()  # the limit is the truth, and not a neighbour of it
     for method in ("gradient", "stein"):
         assert slope(sizes, biases[method]) == pytest.approx(-1, abs=0.15)
-        assert biases["controlled"][0] < biases[method][0] / 10
-        assert biases["controlled"][1] < biases[method][1] / 10
+        assert biases["controlled"][0] < biases[method][0] / 3
+        assert biases["controlled"][1] < biases[method][1] / 3
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -40,33 +40,35 @@ def material(n: int, size: int, shape: tuple[int, ...], seed: int, spread: float
     return spread * randn(n, size, seed=seed + 1), draws, pulls
 
 
-def looped(method: str, r, draws, pulls, t, *, sign: int = 1, across: bool = True, roll: int = 0) -> np.ndarray:
+def looped(method: str, r, draws, pulls, t, *, wrong: str = "") -> np.ndarray:
     """The three by their formulas, one sample and one draw at a time; and wrong ones.
 
-    `sign` multiplies β; without `across` only the part along ĝ is left; `roll` takes the weights of another row.
+    "sign": of β. "along": only the part along ĝ is left. "row": the weights of another row. "trust": all for R² = 1.
     """
     n, size = r.shape
     r, draws, pulls = (a.numpy().reshape(n, size, -1) for a in (r, draws, pulls))
     times = np.broadcast_to(np.asarray(t), (size,))
     result = np.zeros(draws.shape[1:])
     for b in range(size):
-        weights = np.exp(r[:, (b + roll) % size, 0] - r[:, (b + roll) % size, 0].max())
-        weights = weights / sum(weights)
+        values = r[:, (b + (wrong == "row")) % size, 0]
+        weights = np.exp(values - values.max()) / sum(np.exp(values - values.max()))
         middle = sum(draws[i, b] for i in range(n)) / n
         shifts = [(draws[i, b] - middle) / (1 - times[b]) for i in range(n)]
         pull = sum(w * g for w, g in zip(weights, pulls[:, b], strict=True))
         shift = sum(w * f for w, f in zip(weights, shifts, strict=True))
-        direction = pull / np.sqrt(sum(pull**2))
-        along = np.array([f @ direction for f in shifts])
-        apart = along - np.array([g @ direction for g in pulls[:, b]])
-        half = weights / 2 + 1 / (2 * n)
-        cov = sum(half * apart * along) - sum(half * apart) * sum(half * along)
-        var = sum(half * apart**2) - sum(half * apart) ** 2
-        beta = sign * min(max(cov / var, 0), 1) if var > 1e-12 else 1.0
-        combined = shift + beta * ((pull - shift) @ direction) * direction
-        if not across:
-            combined = (combined @ direction) * direction
-        result[b] = {"gradient": pull, "stein": shift, "controlled": combined}[method]
+        result[b] = {"gradient": pull, "stein": shift, "controlled": pull}[method]
+        if method == "controlled" and n > 1:
+            direction = pull / np.sqrt(sum(pull**2))
+            f, g = (np.array([v @ direction for v in each]) for each in (shifts, pulls[:, b]))
+            cov = np.cov(f, g, aweights=weights / 2 + 1 / (2 * n), bias=True)
+            beta = np.clip((cov[0, 0] - cov[0, 1]) / (cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]), 0, 1)
+            squared = cov[0, 1] ** 2 / (cov[0, 0] * cov[1, 1])
+            trust = max(0, 1 - (1 - squared) * (n - 1) / (n - 2)) if n > 2 else 0.0
+            trust, beta = 1.0 if wrong == "trust" else trust, -beta if wrong == "sign" else beta
+            apart, even = pull - shift, 1 / (n * sum(weights**2))
+            result[b] = shift + trust * beta * (apart @ direction) * direction + (1 - trust) * even * apart
+            if wrong == "along":
+                result[b] = (result[b] @ direction) * direction
     return result
 
 
@@ -103,10 +105,11 @@ def test_rows_do_not_meet(method, n, seed):
         assert_close(alone, together[row], 1e-12, 1 + together.abs().max())
 
 
-@pytest.mark.parametrize("wrong", [{"sign": -1}, {"across": False}, {"roll": 1}], ids=lambda wrong: next(iter(wrong)))
+@pytest.mark.parametrize("wrong", ["sign", "along", "row", "trust"])
 def test_the_loop_notices_wrong_estimators(wrong):
     r, draws, pulls = material(5, 3, (3,), 1)
-    right, other = (looped("controlled", r, draws, pulls, 0.3, **change) for change in ({}, wrong))
+    pulls = draws + pulls / 2  # related, as pulls and shifts are
+    right, other = (looped("controlled", r, draws, pulls, 0.3, wrong=change) for change in ("", wrong))
     actual = controlled_guidance(r, draws, pulls, 0.3)
     assert float((actual - as_tensor(right, draws)).abs().max()) < 1e-12
     assert float((actual - as_tensor(other, draws)).abs().max()) > 0.05
@@ -166,13 +169,13 @@ def test_one_draw(shape, seed, t):
 
 
 def test_no_pull_and_no_spread_are_no_special_cases():
+    """Without a direction the blend by ESS/n is left, here of E17 and nothing; equal draws are one draw."""
     r, draws, pulls = material(4, 2, (3,), 5)
-    stein = stein_guidance(r, draws, 0.5)
-    assert_close(controlled_guidance(r, draws, 0 * pulls, 0.5), stein, 1e-14)  # no direction: E17 alone
-    same = draws[:1].expand_as(draws)
-    for method in METHODS:
-        assert torch.isfinite(estimate(method, r, same, pulls[:1].expand_as(pulls), 0.5)).all()
-    assert_close(controlled_guidance(r, same, pulls[:1].expand_as(pulls), 0.5), pulls[0], 1e-12)
+    share = 1 - effective_sample_size(r).unsqueeze(-1) / 4
+    assert_close(controlled_guidance(r, draws, 0 * pulls, 0.5), share * stein_guidance(r, draws, 0.5), 1e-14)
+    r, draws, pulls = (a[:1].expand_as(a) for a in (r, draws, pulls))
+    assert_close(controlled_guidance(r, draws, pulls, 0.5), pulls[0], 1e-12)
+    assert_close(stein_guidance(r, draws, 0.5), 0 * pulls[0], 1e-12)
 
 
 def test_equal_rewards_guide_nowhere():
@@ -193,7 +196,7 @@ def kalman(draws: Tensor, a: Tensor, y: float, sigma: float, c: float, t: float)
 
 
 @given(
-    n=st.integers(2, 6),
+    n=st.integers(3, 8),
     dim=st.integers(1, 4),
     seed=SEEDS,
     t=BEFORE_ONE,
@@ -204,7 +207,8 @@ def kalman(draws: Tensor, a: Tensor, y: float, sigma: float, c: float, t: float)
 def test_the_control_variate_removes_all_noise_along_a_quadratic_reward(n, dim, seed, t, c, sigma, y):
     """For N(m, c²I) and r = −(y − a·x₁)²/2σ² the value along ĝ = ±a/‖a‖ is the closed form, whatever the draws.
 
-    Only the mean of the draws stands in the place of m. Neither part alone does it, nor does another β.
+    Only the mean of the draws stands in the place of m. Neither part alone does it, nor does another β. (Two draws lie
+    on a line always, so that from three on this says something of the law.)
     """
     a, mean = randn(dim, seed=seed), randn(3, dim, seed=seed + 1)
     draws = mean + c * randn(n, 3, dim, seed=seed + 2)  # a flow map of this law: X = m + c ε, ∂m/∂(t x) = c²/(1−t)²
@@ -229,7 +233,7 @@ def test_other_combinations_are_not_exact():
     wrong = {
         "gradient": gradient_guidance(r, pulls) @ unit,
         "stein": stein_guidance(r, draws, t) @ unit,
-        "sign of β": as_tensor(looped("controlled", r, draws, pulls, t, sign=-1), draws) @ unit,
+        "sign of β": as_tensor(looped("controlled", r, draws, pulls, t, wrong="sign"), draws) @ unit,
         "time": controlled_guidance(r, draws, pulls, t / 2) @ unit,
     }
     for name, value in wrong.items():
@@ -254,26 +258,23 @@ def errors_of(method: str, population: tuple[Tensor, Tensor, Tensor], t: float, 
     return [list(column) for column in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("method", "c", "steep"), [("gradient", 0.5, 2.0), ("stein", 0.5, 2.0), ("controlled", 1.0, 1.0)]
-)
-def test_bias_and_error_fall_as_they_must_for_a_reward_that_is_not_quadratic(method, c, steep):
-    """N(m, c²) and r = k sin 2x₁: the limit by quadrature on the same nodes; error ~ N^−1/2, bias ~ 1/N.
+@pytest.mark.parametrize("method", METHODS)
+def test_bias_and_error_fall_as_they_must_for_a_reward_that_is_not_quadratic(method):
+    """N(m, c²) and r = 2 sin 2x₁: the limit by quadrature on the same nodes; error ~ N^−1/2, bias ~ 1/N.
 
-    1.6e6 draws at each N: the last bias is known to 16 %, its slope to 0.1. (For the narrower posterior, where pulls
-    say nearly everything, the bias of the combination is below that.)
+    3.2e6 draws at each N: the last bias is known to 15 % ("controlled", which has the smallest), its slope to 0.1.
     """
-    m, t = 0.3, 0.4
+    m, c, t = 0.3, 0.5, 0.4
     draws = m + c * QUANTILES
-    r, pulls = steep * (2 * draws).sin(), c**2 / (1 - t) * 2 * steep * (2 * draws).cos()
+    r, pulls = 2 * (2 * draws).sin(), c**2 / (1 - t) * 4 * (2 * draws).cos()
     truth = float(torch.softmax(r, 0) @ pulls)
-    assert truth == pytest.approx(float(torch.softmax(r, 0) @ (draws - m)) / (1 - t), rel=1e-3)  # Stein's identity
-    sizes = [16, 32, 64]
-    errors, biases, noises = errors_of(method, (r, draws, pulls), t, truth, sizes, 1_600_000)
-    assert slope(sizes, errors) == pytest.approx(-0.5, abs=0.06)
+    assert truth == pytest.approx(float(torch.softmax(r, 0) @ (draws - m)) / (1 - t), rel=1e-4)  # Stein's identity
+    sizes = [8, 16, 32]
+    errors, biases, noises = errors_of(method, (r, draws, pulls), t, truth, sizes, 3_200_000)
+    assert slope(sizes, errors) == pytest.approx(-0.5, abs=0.1)  # 1/N² in the variance moves it by up to 0.08
     assert slope(sizes, [abs(bias) for bias in biases]) == pytest.approx(-1, abs=0.25)
-    assert abs(biases[-1]) > 3 * noises[-1]  # the slope is of something
-    assert abs(biases[-1]) < 0.02 * abs(truth)
+    assert abs(biases[-1]) > LIMIT * noises[-1]  # the slope is of something
+    assert abs(biases[-1]) < 0.025 * abs(truth)
 
 
 def trimodal(t: float, x: float) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
@@ -289,25 +290,25 @@ def trimodal(t: float, x: float) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bias_and_error_fall_on_a_trimodal_posterior(method):
-    """Error ~ N^−1/2, within 5 standard errors of no bias or (the combination, whose β is fitted) bias ~ 1/N.
+    """Error ~ N^−1/2; bias below 1/N of the truth, but for 5 standard errors of 0.1 % of it. 3.2e6 draws at each N.
 
-    3.2e6 draws at each N. Here pulls are rare and steep, and β needs some of them: its bias is larger than that of
-    both parts, and reaches its order beyond N = 64. The slope's standard error is 0.06.
+    Only E17 has a bias large enough here to have a slope.
     """
     t = 0.5
     population, truth = trimodal(t, -0.2)
-    sizes = [128, 256, 512]
+    sizes = [32, 64, 128]
     errors, biases, noises = errors_of(method, population, t, truth, sizes, 3_200_000)
     assert slope(sizes, errors) == pytest.approx(-0.5, abs=0.06)
-    if method == "controlled":
-        assert slope(sizes, [abs(bias) for bias in biases]) == pytest.approx(-1, abs=0.2)
-    assert abs(biases[-1]) < 0.02 * abs(truth)
-    assert abs(biases[-1] - 0.1 * truth) > LIMIT * noises[-1]  # a tenth of the truth would be seen
+    for n, bias, noise in zip(sizes, biases, noises, strict=True):
+        assert abs(bias) < abs(truth) / n + LIMIT * noise
+        assert abs(bias - 0.1 * truth) > LIMIT * noise  # a tenth of the truth would be seen
+    if method == "stein":
+        assert slope(sizes, [abs(bias) for bias in biases]) == pytest.approx(-1, abs=0.25)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_of_another_row_are_noticed(method):
-    """Two contexts, 512 replicates of N = 400: right weights are within 5 standard errors and 1/N of the truth."""
+    """Two contexts, 512 replicates of N = 400: right weights are within 5 standard errors of the truth."""
     contexts = [trimodal(0.5, x) for x in (-0.2, 0.9)]
     pick = torch.randint(NODES, (400, 512), generator=rng(1))
     r, draws, pulls = (torch.stack([population[k][pick] for population, _ in contexts], -1) for k in range(3))
@@ -316,8 +317,7 @@ def test_weights_of_another_row_are_noticed(method):
     def scores(r: Tensor) -> Tensor:
         flat = (a.reshape(400, 1024, *shape) for a, shape in ((r, ()), (draws, (1,)), (pulls, (1,))))
         found = estimate(method, *flat, 0.5).reshape(512, 2)
-        allowed = (found.mean(0) - truth).abs() - (20 / 400 if method == "controlled" else 0)
-        return allowed / (found.std(0) / 512**0.5)
+        return z_scores(found, truth).abs()
 
     assert scores(r).max() < LIMIT
     assert scores(r.flip(-1)).max() > 2 * LIMIT

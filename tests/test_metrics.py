@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from mfm_ref import mmd, sliced_wasserstein
+from mfm_ref.metrics import coverage, vendi_score
 from tests.helpers import LIMIT, gaussian, z_scores
 from tests.strategies import SEEDS, assert_close, randn, rng
 
@@ -160,3 +161,53 @@ def test_float32_is_within_1e_4(seed):
     # One dimension: the direction is ±1 in either precision, so the draw does not matter.
     ones = x[:, :1], y[:, :1]
     assert_close(sliced_wasserstein(*(a.float() for a in ones)).double(), sliced_wasserstein(*ones), 1e-4)
+
+
+# ---- Vendi score and coverage --------------------------------------------------------------------------
+
+
+def test_vendi_score_counts_groups_that_are_far_apart():
+    """k equal groups far apart have the score k; unequal ones e^H of their shares; one point n times has 1."""
+    far = 100.0 * torch.arange(4, dtype=torch.float64).unsqueeze(1)
+    assert float(vendi_score(far.repeat(5, 1), bandwidth=1.0)) == pytest.approx(4, rel=1e-9)
+    shares = np.array([8, 4, 2, 2]) / 16
+    unequal = torch.repeat_interleave(far, torch.tensor([8, 4, 2, 2]), 0)
+    assert float(vendi_score(unequal, bandwidth=1.0)) == pytest.approx(
+        np.exp(-(shares * np.log(shares)).sum()), rel=1e-9
+    )
+    assert float(vendi_score(torch.ones(7, 2, 3), bandwidth=1.0)) == pytest.approx(1, rel=1e-5)
+
+
+def test_vendi_score_of_two_points_is_in_closed_form():
+    """K/2 has the eigenvalues (1 ± k)/2, with k = exp(−d²/(2h²))."""
+    k = math.exp(-(1.5**2) / (2 * 0.7**2))
+    eigenvalues = np.array([(1 + k) / 2, (1 - k) / 2])
+    x = torch.tensor([[0.0], [1.5]], dtype=torch.float64)
+    expected = np.exp(-(eigenvalues * np.log(eigenvalues)).sum())
+    assert float(vendi_score(x, bandwidth=0.7)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_coverage_of_one_law_is_near_its_expectation_and_falls_with_a_lost_half():
+    x, reference = (gaussian().sample(2000, generator=rng(k)) for k in (1, 2))
+    assert float(coverage(x, reference)) == pytest.approx(1 - 2**-5, abs=0.02)
+    assert float(coverage(x, reference, k=1)) == pytest.approx(0.5, abs=0.05)
+    half = x[x[:, 0] > x[:, 0].median()]
+    assert float(coverage(half, reference)) < 0.75
+    assert float(coverage(x + 100, reference)) == 0
+    assert float(coverage(reference, reference)) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: vendi_score(torch.ones(3, 1), bandwidth=0.0), "bandwidth"),
+        (lambda: vendi_score(torch.ones(0, 1), bandwidth=1.0), "n >= 1"),
+        (lambda: vendi_score(torch.full((2, 1), math.nan), bandwidth=1.0), "finite"),
+        (lambda: coverage(torch.ones(3, 1), torch.ones(5, 1)), "more than k = 5"),
+        (lambda: coverage(torch.ones(3, 1), torch.ones(9, 2)), "equal D"),
+        (lambda: coverage(torch.ones(3, 1), torch.ones(9, 1), k=0), "k must"),
+    ],
+)
+def test_diversity_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -35,7 +35,7 @@ def errors(kind, n, f, truth, rows=4096, seed=0):
 
 
 def smooth(eps):
-    """A function of both coordinates, neither odd nor even; its mean is e^{−1/4} sin 1 + e^{1/8}."""
+    """A function of both coordinates, neither odd nor even; its mean is e^{−1/2} sin 1 + e^{1/8}."""
     return torch.sin(eps.sum(-1) / 2**0.5 + 1) + torch.exp(eps[..., 0] / 2)
 
 
@@ -52,7 +52,9 @@ def test_each_noise_is_standard_normal(kind, n):
     for i in range(n):
         for d in range(3):
             assert normal_p(eps[i, :, d]) > ALARM
-        products = torch.stack([eps[i, :, 0] * eps[i, :, 1], eps[i, :, 0] * eps[i, :, 2], eps[i, :, 1] * eps[i, :, 2]], 1)
+        products = torch.stack(
+            [eps[i, :, 0] * eps[i, :, 1], eps[i, :, 0] * eps[i, :, 2], eps[i, :, 1] * eps[i, :, 2]], 1
+        )
         assert z_scores(products, 0.0).abs().max() < LIMIT
 
 
@@ -149,9 +151,7 @@ def test_scrambling_is_more_than_a_shift():
 def test_error_of_sobol_means_falls_faster():
     """RMS over 4096 rows: as n^{−1/2} for independent noises, and steeper than n^{−1} for a smooth function."""
     counts = [2, 4, 8, 16, 32, 64, 128]
-    rms = {
-        kind: [float(errors(kind, n, smooth, SMOOTH_MEAN).square().mean().sqrt()) for n in counts] for kind in KINDS
-    }
+    rms = {kind: [float(errors(kind, n, smooth, SMOOTH_MEAN).square().mean().sqrt()) for n in counts] for kind in KINDS}
     assert slope(counts, rms["independent"]) == pytest.approx(-0.5, abs=0.03)
     assert slope(counts, rms["antithetic"]) == pytest.approx(-0.5, abs=0.03)
     assert -1.6 < slope(counts, rms["sobol"]) < -1.0
@@ -168,14 +168,23 @@ def test_sobol_means_are_unbiased_and_no_worse_for_any_n(n):
         assert spread[0] < spread[1]
 
 
-def test_sobol_errors_in_many_dimensions_are_no_larger():
-    """Of a mean over all 500 coordinates together, where points in few dimensions help little: within 10 %."""
-    x = torch.zeros(4000, 500)
-    found = []
-    for kind in ("sobol", "independent"):
-        eps = posterior_noise(8, x, kind, generator=rng())
-        found.append(torch.cos(eps.sum(-1) / 500**0.5).mean(0).sub(math.exp(-0.5)).square().mean().sqrt())
-    assert found[0] < 1.1 * found[1]
+def test_errors_of_functions_of_a_sum_of_many_coordinates():
+    """500 of them, in units of the RMS error of independent draws. An even function suffers most: pairs of Sobol
+    points lie in like or opposite halves of every coordinate, which correlates their sums by ±2/π, or nearly."""
+    even, neither = (
+        (lambda s: torch.cos(s) - math.exp(-0.5)),
+        (lambda s: torch.sin(s + 1) - math.exp(-0.5) * math.sin(1)),
+    )
+    rms = {}
+    for kind in KINDS:
+        sums = torch.cat(
+            [posterior_noise(8, torch.zeros(1000, 500), kind, generator=rng(k)).sum(-1) for k in range(4)], 1
+        )
+        rms[kind] = [float(f(sums / 500**0.5).mean(0).square().mean().sqrt()) for f in (even, neither)]
+    ratios = {kind: [a / b for a, b in zip(rms[kind], rms["independent"], strict=True)] for kind in KINDS}
+    assert ratios["antithetic"][0] == pytest.approx(2**0.5, rel=0.05)
+    assert ratios["sobol"][0] == pytest.approx((1 + (2 / math.pi) ** 2) ** 0.5, rel=0.05)
+    assert ratios["sobol"][1] < 1 < ratios["antithetic"][1]
 
 
 # ---- shapes, dtypes, ends --------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_the_ode_has_its_order_when_the_drift_is_exact(dynamics, order, grid):
     sizes, errors = [], []
     for often in (1, 2, 3, 4):
         times = halved(GRIDS[grid], often)
-        end, _ = steer(X, reward, 20, n=2, times=times, noise="antithetic", dynamics=dynamics, generator=rng(0))
+        end, _ = steer(X, reward, 20, n=4, times=times, noise="antithetic", dynamics=dynamics, generator=rng(0))
         start = torch.randn((20, 1), generator=rng(0), dtype=torch.float64)  # the first that `steer` draws
         errors.append(float((end - tilted(0.0, 1.0, start, 0.0, 0 * start)).norm()))
         sizes.append(len(times) - 1)
@@ -167,7 +167,7 @@ def test_the_sde_has_weak_order_one_when_the_drift_is_exact(grid, monkeypatch):
 
         def steered(size: int, times=times) -> Tensor:
             options = {"times": times, "noise": "antithetic", "dynamics": "sde", "memory": None}
-            return steer(X, reward, size, n=2, **options, generator=rng(0))[0]
+            return steer(X, reward, size, n=4, **options, generator=rng(0))[0]
 
         mean, var = impulse_moments(monkeypatch, steered, len(times) - 1)
         assert mean == pytest.approx(float(tilted.mean), abs=1e-9)
@@ -206,8 +206,8 @@ def test_a_second_order_step_is_worth_its_second_evaluation():
     exact = ExactFlowMap(p1.tilt(reward))(0.0, 1.0, start, 0.0, 0 * start)
     errors = []
     for dynamics, steps in (("ode", 64), ("midpoint", 32)):
-        end, cost = steer(X, reward, 20, n=2, steps=steps, noise="antithetic", dynamics=dynamics, generator=rng(0))
-        assert cost.evaluations == evaluations("controlled", 64, n=2)
+        end, cost = steer(X, reward, 20, n=4, steps=steps, noise="antithetic", dynamics=dynamics, generator=rng(0))
+        assert cost.evaluations == evaluations("controlled", 64, n=4)
         errors.append(float((end - exact).norm()))
     assert errors[1] < errors[0] / 10
 

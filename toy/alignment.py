@@ -44,11 +44,13 @@ class AlignmentConfig(ToyConfig):
     references: int = option(64, "exact sets that each is compared with")
     tds_particles: int = option(4096, "in one population, of which set_size are compared")
     tds_seeds: int = option(20, "populations")
+    order_samples: int = option(200_000, "for the SDE's order")
     jobs: int = option(2, "runs at once, each on its own core")
 
 
 FAST: dict[str, Any] = {
-    "steps": 8, "largest": 4, "set_size": 64, "sets": 1, "references": 4, "tds_particles": 64, "tds_seeds": 2, "jobs": 1
+    "steps": 8, "largest": 4, "set_size": 64, "sets": 1, "references": 4, "tds_particles": 64, "tds_seeds": 2,
+    "order_samples": 2000, "jobs": 1,
 }  # fmt: skip
 PAPER: dict[str, Any] = {"steps": 1000, "set_size": 4096, "sets": 1, "references": 16, "jobs": 1}
 
@@ -159,7 +161,7 @@ def orders(config: AlignmentConfig) -> dict[str, Any]:
     x = torch.randn((512, 2), generator=rng, dtype=torch.float64)
     truth = integrate(target.drift, x, time_grid(4096 if not config.fast else 256), dynamics="midpoint")
     found: dict[str, Any] = {"steps": counts, "ode": [], "midpoint": [], "sde": []}
-    many = torch.randn((400_000 if not config.fast else 2_000, 2), generator=rng, dtype=torch.float64)
+    many = torch.randn((config.order_samples, 2), generator=rng, dtype=torch.float64)
     for k in counts:
         for dynamics in ("ode", "midpoint"):
             apart = integrate(target.drift, x, time_grid(k), dynamics=dynamics) - truth

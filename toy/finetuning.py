@@ -69,8 +69,8 @@ class FinetuningConfig(ToyConfig):
 
 
 FAST: dict[str, Any] = {
-    "base_steps": 100, "steps": 40, "draws": 64, "samples": 256, "exact_sets": 2, "ode_steps": 8, "error_samples": 500,
-    "bias_states": 8,
+    "base_steps": 20, "steps": 6, "draws": 32, "samples": 128, "exact_sets": 2, "ode_steps": 4, "error_samples": 200,
+    "bias_states": 4,
 }  # fmt: skip
 
 
@@ -212,7 +212,7 @@ class Judge:
         self.law = TiltedLaw(sets, self.target)
 
     def __call__(self, drift: Drift) -> dict[str, Any]:
-        """Error to b*; of the samples of its ODE, sliced W₂ to p*, mean reward, and KL(q‖p₁), KL(q‖p*) of their law q."""
+        """Error to b*; of its ODE's samples, sliced W₂ to p*, mean reward, and KL(q‖p₁), KL(q‖p*) of their law q."""
         config, rng = self.config, generator(self.config, 3)
         n, device = config.error_samples, config.device
         uniform = 0.02 + (LATEST - 0.02) * torch.rand(n, generator=rng, device=device)
@@ -300,51 +300,56 @@ def found(report: dict[str, Any], **fields: Any) -> dict[str, Any]:
 NAMES = {"gradient": "gradient form", "stein": "Stein form"}
 SHADES = {"gradient": "blue", "stein": "green"}
 CHOICES: dict[str, dict[str, Any]] = {
-    "w(t) = 1, states of the base": {},
-    "w(t) = 1 − t": {"weight": "1 − t"},
-    "w(t) = t": {"weight": "t"},
-    "states of the student": {"law": "student"},
-    "states of a broad Gaussian": {"law": "broad"},
+    "w = 1, base's states": {},
+    "w = 1 − t": {"weight": "1 − t"},
+    "w = t": {"weight": "t"},
+    "student's states": {"law": "student"},
+    "broad Gaussian's states": {"law": "broad"},
 }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Errors by objective and choice, reward and KL against λ, and the ablation against N."""
-    figure, axes = new_figure(2, 3, size=(3.6, 3.0))
+    figure, axes = new_figure(2, 3, size=(3.7, 3.2))
     _draw_errors(axes[0, 0], report)
-    _draw_choices(axes[0, 1], report)
-    _draw_strengths(axes[0, 2], report, "reward", "mean reward −(y − a·x)²/2σ²")
-    _draw_strengths(axes[1, 2], report, "kl", "KL from the base, nats")
-    _draw_ablation(axes[1, 0], report, "error", "relative error to b*")
-    _draw_ablation(axes[1, 1], report, "sw2", "sliced W₂ of ODE samples to p*")
-    figure.suptitle("Fine-tuning a drift to p* ∝ p₁ e^{λr} on the paper's mixture, where the optimum b* is known")
+    _draw_choices(axes[1, 0], report)
+    _draw_strengths(axes[0, 1], report, "reward", "mean reward −(y − a·x)²/2σ²")
+    _draw_strengths(axes[1, 1], report, "kl", "KL from the base, nats")
+    _draw_ablation(axes[0, 2], report, "error", "relative error to b*")
+    _draw_ablation(axes[1, 2], report, "sw2", "sliced W₂ of ODE samples to p*")
+    figure.suptitle("Fine-tuning a drift to p* ∝ p₁ exp(λ r) on the paper's mixture, where its optimum b* is known")
     save_figure(figure, path)
+
+
+def _finish(ax: Any, title: str, **settings: Any) -> None:
+    ax.set(**settings)
+    ax.set_title(title, fontsize=9)
+    ax.legend(fontsize=7, frameon=False)
 
 
 def _draw_errors(ax: Any, report: dict[str, Any]) -> None:
     lines = [("base, before", report["base"], "grey", ":")]
     for method in METHODS:
         tuned, plain = found(report, method=method), found(report, method=method, objective="regression", draws=16)
-        lines += [(f"E18, {NAMES[method]}", tuned, SHADES[method], "-")]
-        lines += [(f"regression, N = 16, {NAMES[method]}", plain, SHADES[method], "--")]
+        lines.append((f"E18, {NAMES[method]}", tuned, SHADES[method], "-"))
+        lines.append((f"regression, N = 16, {NAMES[method]}", plain, SHADES[method], "--"))
     for label, run, colour, style in lines:
-        ax.plot(
-            [float(t) for t in run["error_at"]], run["error_at"].values(), style, color=COLOURS[colour], label=label
-        )
-    ax.set(xlabel="time t", ylabel="relative error to b*", yscale="log", title="λ = 1: the drift along p*_t")
-    ax.set_ylim(top=20)
-    ax.legend(fontsize=7)
+        times = [float(t) for t in run["error_at"]]
+        ax.plot(times, run["error_at"].values(), style, color=COLOURS[colour], label=label)
+    top = 20 * max(max(run["error_at"].values()) for _, run, _, _ in lines)
+    labels = {"xlabel": "time t", "ylabel": "relative error to b* along p*_t", "yscale": "log"}
+    _finish(ax, "the drift, λ = 1", **labels, ylim=(None, top))
 
 
 def _draw_choices(ax: Any, report: dict[str, Any]) -> None:
-    for method in METHODS:
+    for method, marker in zip(METHODS, "os", strict=True):
         errors = [found(report, method=method, **change)["error"] for change in CHOICES.values()]
-        ax.plot(errors, range(len(CHOICES)), "o", color=COLOURS[SHADES[method]], label=NAMES[method])
-    ax.set_yticks(range(len(CHOICES)), CHOICES)
-    ax.invert_yaxis()
-    ax.set(xlabel="relative error to b*", title="E18, λ = 1: weight and law of the states")
-    ax.set_xlim(left=0)
-    ax.legend(fontsize=7)
+        ax.plot(errors, range(len(CHOICES)), marker, color=COLOURS[SHADES[method]], label=f"E18, {NAMES[method]}")
+    ax.set_yticks(range(len(CHOICES)), [name.replace(", ", ",\n").replace(" states", "\nstates") for name in CHOICES])
+    ax.set_xlim(0, 1.15 * ax.get_xlim()[1])
+    _finish(
+        ax, "weight w(t) and law of the states, λ = 1", xlabel="relative error to b*", ylim=(len(CHOICES) - 0.5, -1.7)
+    )
 
 
 def _draw_strengths(ax: Any, report: dict[str, Any], key: str, label: str) -> None:
@@ -355,25 +360,27 @@ def _draw_strengths(ax: Any, report: dict[str, Any], key: str, label: str) -> No
         ax.plot(STRENGTHS, values, marker + "--", color=COLOURS[SHADES[method]], label=f"E18, {NAMES[method]}")
     ax.set_xscale("log", base=2)
     ax.set_xticks(STRENGTHS, [f"{strength:g}" for strength in STRENGTHS])
-    ax.set(xlabel="strength λ of the reward", ylabel=label, title=f"samples of the student: {label.split(' −')[0]}")
-    ax.legend(fontsize=7)
+    _finish(ax, "samples of the students, by strength", xlabel="strength λ of the reward", ylabel=label)
 
 
 def _draw_ablation(ax: Any, report: dict[str, Any], key: str, label: str) -> None:
+    drawn: list[float] = []
     for method in METHODS:
         colour = COLOURS[SHADES[method]]
         for objective, style in (("E18", "o-"), ("regression", "s--")):
             values = [found(report, method=method, objective=objective, draws=n)[key] for n in DRAWS]
             ax.plot(DRAWS, values, style, color=colour, label=f"{objective}, {NAMES[method]}")
+            drawn += values
         if key == "error":
-            bias = report["regression_bias"][method].values()
-            ax.plot(DRAWS, bias, ":", color=colour, label=f"regression's own minimiser, {NAMES[method]}")
+            bias = list(report["regression_bias"][method].values())
+            ax.plot(DRAWS, bias, ":", color=colour, label=f"limit of the regression, {NAMES[method]}")
+            drawn += bias
     if key == "sw2":
         ax.axhline(report["base"]["floor"], color=COLOURS["grey"], linewidth=1, label="two exact sets (floor)")
     ax.set_xscale("log", base=2)
     ax.set_xticks(DRAWS, [str(n) for n in DRAWS])
-    ax.set(xlabel="posterior draws per state, N", ylabel=label, yscale="log", title="λ = 1, equal draws in all")
-    ax.legend(fontsize=6.5)
+    labels = {"xlabel": "posterior draws per state, N", "ylabel": label, "yscale": "log"}
+    _finish(ax, "equal numbers of draws, λ = 1", **labels, ylim=(None, 20 * max(drawn)))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -418,7 +425,7 @@ def table(report: dict[str, Any]) -> str:
             values = [f"{run['error']:.3f} / {run['sw2']:.2f}" for run in runs]
             rows.append([f"{objective}, {NAMES[method]}", *values])
         bias = report["regression_bias"][method].values()
-        rows.append([f"regression's own minimiser, {NAMES[method]}", *(f"{value:.3f} /" for value in bias)])
+        rows.append([f"limit of the regression, {NAMES[method]}", *(f"{value:.3f} /" for value in bias)])
     ablation = markdown(["relative error to b* / sliced W₂", *(f"N = {n}" for n in DRAWS)], rows)
     return "\n\n".join((choices, strengths, ablation))
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from mfm_ref import ExactFlowMap, GaussianMixture
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json
-from toy.common import ToyConfig, option, parse, start
-from toy.table import markdown
+from toy.common import ToyConfig, markdown, option, parse, start
 
 JUMPS = (1, 2, 4, 8)
 TIMES = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -39,7 +38,7 @@ class LipschitzConfig(ToyConfig):
     contexts: int = option(61, "noisy states per context time, odd")
 
 
-FAST: dict[str, Any] = {"farthest": 4, "steps": 40, "points": 161, "across": 21, "contexts": 11}
+FAST: dict[str, Any] = {"farthest": 4, "steps": 40, "points": 121, "across": 11, "contexts": 5}
 
 
 def pair(distance: float, dim: int) -> GaussianMixture:
@@ -57,7 +56,10 @@ def pair(distance: float, dim: int) -> GaussianMixture:
 
 
 def drift_jacobian(p1: GaussianMixture, t: float, x: Tensor) -> Tensor:
-    """∂b_t/∂x, `(B, D, D)`: with b = Σ_k w̃_k v_k it is Σ_k w̃_k A_k + Σ_k w̃_k v_k (g_k − ḡ)ᵀ, g_k = −S_k⁻¹ (x − t μ_k)."""
+    """∂b_t/∂x, `(B, D, D)`, of b = Σ_k w̃_k v_k, v_k = μ_k + A_k (x − t μ_k) (E2).
+
+    It is Σ_k w̃_k A_k + Σ_k w̃_k v_k (g_k − ḡ)ᵀ, with g_k = −S_k⁻¹ (x − t μ_k) and their mean ḡ.
+    """
     eye = torch.eye(p1.dim, dtype=x.dtype)
     noised = torch.linalg.inv(t**2 * p1.covs + (1 - t) ** 2 * eye)  # S_k⁻¹
     slopes = (t * p1.covs - (1 - t) * eye) @ noised  # A_k, (K, D, D)
@@ -76,7 +78,8 @@ def backwards(p1: GaussianMixture, x1: Tensor, steps: int) -> tuple[Tensor, Tens
     a grid stay apart, and it sees what happens between the modes, where noise hardly ever leads.
 
     Returns:
-        z `(B, D)`, ∂X_{k/8,(k+1)/8}/∂x for k = 0, …, 7 `(8, B, D, D)`, and ∂b_t/∂x at t = 0, …, 1 `(steps + 1, B, D, D)`.
+        z `(B, D)`; ∂X_{k/8,(k+1)/8}/∂x for k = 0, …, 7, `(8, B, D, D)`; and ∂b_t/∂x at the times of the steps, from 0
+        to 1, `(steps + 1, B, D, D)`.
     """
     eye = torch.eye(p1.dim, dtype=x1.dtype).expand(len(x1), -1, -1)
     x, jacobian, h = x1, eye, 1 / steps
@@ -149,7 +152,9 @@ def enough(distance: float, config: LipschitzConfig, error: float = 0.1) -> floa
     for _ in range(60):
         middle = (low + high) / 2
         missing = (x.abs() - middle * z.abs()).clamp_min(0)
-        low, high = (low, middle) if (weights * missing**2).sum() < error**2 * (weights * x**2).sum() else (middle, high)
+        low, high = (
+            (low, middle) if (weights * missing**2).sum() < error**2 * (weights * x**2).sum() else (middle, high)
+        )
     return high
 
 
