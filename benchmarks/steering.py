@@ -44,7 +44,7 @@ class SteeringConfig(ToyConfig):
     date: str = option("", "of the measurement, YYYY-MM-DD; today where empty")
 
 
-FAST: dict[str, Any] = {"repeats": 2, "steps": 1, "warm_up": 1, "mlp_batch": 3, "transformer_batch": 2}
+FAST: dict[str, Any] = {"repeats": 2, "steps": 1, "warm_up": 1, "mlp_batch": 2, "transformer_batch": 1}
 DRAWS = (4, 16)
 
 

@@ -138,8 +138,8 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
     Raises:
         ValueError: with both values; a reward that does not fit a batch of one (`evaluate_reward`).
     """
-    r = r.detach()
     rounding = max(1e-3, 16 * torch.finfo(r.dtype).eps if r.is_floating_point() else 0.0)
+    r = r.detach().double()  # of bools too
     spread = float(r.max()) - float(r.min())
     for row in {int(r.argmax()), int(r.argmin())}:
         with torch.no_grad():

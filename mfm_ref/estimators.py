@@ -121,13 +121,18 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
 
 
 def _regression(r: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight β in [0, 1] of least variance of f + β (g − f), and the adjusted R² of f and g; from `(n, B)`."""
+    """The weight β in [0, 1] of least variance of f + β (g − f), and the adjusted R² of f and g; from `(n, B)`.
+
+    Where g is constant but for rounding, as for a linear reward of a Gaussian, R² is 1.
+    """
     weights, n = (torch.softmax(r, 0) + 1 / len(r)) / 2, len(r)
+    rounding = (1e3 * torch.finfo(g.dtype).eps) ** 2 * (weights * g.square()).sum(0)
     f, g = (a - (weights * a).sum(0) for a in (f, g))
     ff, gg, fg = ((weights * a * b).sum(0) for a, b in ((f, f), (g, g), (f, g)))
     spread = ff + gg - 2 * fg  # of f − g
     beta = torch.where(spread > 0, (ff - fg) / torch.where(spread > 0, spread, 1.0), 1.0).clamp(0, 1)
     squared = torch.where(ff * gg > 0, fg.square() / torch.where(ff * gg > 0, ff * gg, 1.0), 0.0)
+    squared = torch.where(gg > rounding, squared, 1.0)
     adjusted = 1 - (1 - squared) * (n - 1) / (n - 2) if n > 2 else torch.zeros_like(squared)
     return beta, adjusted.clamp(0, 1)
 

@@ -19,9 +19,9 @@ def posterior_noise(n: int, x: Tensor, kind: str = "sobol", *, generator: torch.
     - "antithetic": pairs ε, −ε, so that the mean of an odd function has no error, and that of an even one √2 times
       the error of independent draws; the last one of an odd n has no partner.
     - "sobol": n points of a Sobol sequence, scrambled anew at each call and shifted anew for each row, through the
-      normal quantile function. They fill the space evenly, best for n a power of two: where few directions matter,
-      the error of a mean falls faster than 1/n. For a function of the sum of many coordinates it is that of
-      independent draws, or less, or (an even one) up to 1.2 times that.
+      normal quantile function. They fill the space evenly, best for n a power of two. Where few directions matter,
+      the mean of a smooth function has an error that falls faster than 1/n. For a function of the sum of many
+      coordinates it is that of independent draws, or less, or (an even function) up to 1.2 times that.
 
     Rows are independent of each other (for "sobol", given the scrambling that they share).
 

@@ -169,13 +169,26 @@ def test_one_draw(shape, seed, t):
 
 
 def test_no_pull_and_no_spread_are_no_special_cases():
-    """Without a direction the blend by ESS/n is left, here of E17 and nothing; equal draws are one draw."""
+    """A reward of steps pulls nowhere, and E17 alone sees it; equal draws are one draw."""
     r, draws, pulls = material(4, 2, (3,), 5)
-    share = 1 - effective_sample_size(r).unsqueeze(-1) / 4
-    assert_close(controlled_guidance(r, draws, 0 * pulls, 0.5), share * stein_guidance(r, draws, 0.5), 1e-14)
+    assert_close(controlled_guidance(r, draws, 0 * pulls, 0.5), stein_guidance(r, draws, 0.5), 1e-14)
     r, draws, pulls = (a[:1].expand_as(a) for a in (r, draws, pulls))
     assert_close(controlled_guidance(r, draws, pulls, 0.5), pulls[0], 1e-12)
     assert_close(stein_guidance(r, draws, 0.5), 0 * pulls[0], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pulls_equal_but_for_rounding_are_exact_along_themselves(dtype):
+    """A linear reward of a Gaussian: R² would be one rounding error over another, and the result of chance."""
+    r, draws, _ = (a.to(dtype) for a in material(5, 3, (4,), 8))
+    pull = randn(3, 4, seed=9).to(dtype)
+    noise = randn(5, 3, 4, seed=10).to(dtype)
+    pulls = pull * (1 + 10 * torch.finfo(dtype).eps * noise)
+    unit = torch.nn.functional.normalize(pull, dim=-1)
+    guided = controlled_guidance(r, draws, pulls, 0.5)
+    tol = 1e4 * torch.finfo(dtype).eps
+    assert_close((guided * unit).sum(-1), pull.norm(dim=-1), tol)
+    assert_close(guided, controlled_guidance(r, draws, pull.expand_as(pulls), 0.5), tol)
 
 
 def test_equal_rewards_guide_nowhere():

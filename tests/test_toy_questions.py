@@ -147,26 +147,19 @@ def test_what_each_estimator_escapes_and_what_it_does_not(reports):
     cases = reports["reward_variance"][0]["cases"]
     for point in cases["1-D Gaussian, linear reward"]["points"]:  # the pull is the same at every draw
         assert max(point["independent"]["gradient"].values()) < 1e-4
-        assert max(point["independent"]["controlled"].values()) < 1e-4
         assert point["independent"]["stein"]["16"] > 0.05
     for name, found in cases.items():
-        for noise in reward_variance.NOISES:
-            weak, strong = ([p for p in found["points"] if p["strength"] == s] for s in _ends(found["points"]))
-            for method in ("gradient", "stein", "controlled"):
-                if (name, method) in {("1-D Gaussian, linear reward", m) for m in ("gradient", "controlled")}:
-                    continue
-                if (name, method) == ("1-D Gaussian, quadratic reward", "controlled"):
-                    continue  # the control leaves only the error of the draws' own mean
-                assert _mean_error(strong, noise, method) > _mean_error(weak, noise, method), (name, noise, method)
+        weakest, strongest = (pick(p["strength"] for p in found["points"]) for pick in (min, max))
+        if name != "1-D Gaussian, linear reward":  # E16 differentiates an ever steeper reward
+            weak, strong = (_mean_error(found["points"], strength, "gradient") for strength in (weakest, strongest))
+            assert strong > 5 * weak
+    for point in cases["1-D Gaussian, quadratic reward"]["points"]:  # one draw near the target is all that E17 needs
+        assert max(point["independent"]["stein"].values()) < 1.5
+        assert point["independent"]["controlled"]["64"] < min(0.3, point["independent"]["gradient"]["64"])
 
 
-def _ends(points):
-    strengths = [p["strength"] for p in points]
-    return min(strengths), max(strengths)
-
-
-def _mean_error(points, noise, method, n="64"):
-    return np.mean([p[noise][method][n] for p in points])
+def _mean_error(points, strength, method, n="64"):
+    return np.mean([p["independent"][method][n] for p in points if p["strength"] == strength])
 
 
 # ---- smoothing -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ NAMES = {"gradient": "MFM-G", "stein": "MFM-GF", "controlled": "both"}
 
 @dataclasses.dataclass(frozen=True)
 class RewardVarianceConfig(ToyConfig):
-    """Settings; the defaults take about two minutes of one core."""
+    """Settings; the defaults take about four minutes of one core."""
 
     out: Path = Path("runs/reward_variance")
     most: int = option(2048, "draws N, a power of two")
@@ -243,15 +243,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 below.scatter(where, n, s=18, marker=marker, facecolors=face, edgecolors=COLOURS[colour])
         above.axhline(wanted, color="black", linewidth=0.8, linestyle=":")
         above.set(xscale="log", yscale="log", xlabel="posterior draws N")
-        above.set_title(f"{name}\nλ = {middle['strength']:.2g}, t = 0.5, χ² = {middle['chi2']:.2g}")
+        above.set_title(f"{name}\nλ = {middle['strength']:.3g}, t = 0.5, χ² = {middle['chi2']:.2g}")
         line_at = [1 + min(p["chi2"] for p in points), 1 + max(p["chi2"] for p in points)]
         below.plot(line_at, line_at, ":", color="black", linewidth=0.8, label="N = 1 + χ²")
+        below.scatter([], [], s=18, color="black", label="independent draws")
+        below.scatter([], [], s=18, marker="^", facecolors="none", edgecolors="black", label="sobol draws")
         below.set(xscale="log", yscale="log", ylim=(0.7, 3 * most), xlabel="1 + χ² of exp(λr) under the posterior")
         below.axhline(2 * most, color=COLOURS["grey"], linewidth=0.6)
     axes[0, 0].set(ylabel="relative error of the guidance", ylim=(0.01, 30))
-    axes[1, 0].set_ylabel(f"N for an error of {wanted} (top: more than {most})")
-    axes[0, 1].legend(fontsize=7, loc="lower left")
-    axes[1, 0].legend(fontsize=7, loc="lower right")
+    axes[1, 0].set_ylabel(f"N for an error of {wanted} (top: > {most})")
+    axes[0, 0].legend(fontsize=7, loc="upper right")
+    axes[1, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.95))
     figure.suptitle(
         "Guidance (σ²/2) ∇V by N exact posterior draws, as the reward λ r grows stronger (t = 0.2, 0.5, 0.8)"
     )
