@@ -5,11 +5,13 @@ map always come in the order `(s, u, z, t, x, y)`. Docstrings cite the equations
 """
 
 from mfm_ref.alignment import denoiser, doob_drift, dps_drift, guidance, rows_within, value, value_gradient
+from mfm_ref.baselines import GlassRollout, Particles, best_of_n, glass_rollout, sde_rollout, smc
+from mfm_ref.collect import collect
 from mfm_ref.cost import Cost, evaluations
 from mfm_ref.data import RandomBatches, TensorBatches, WithProgress
 from mfm_ref.estimators import controlled_guidance, gradient_guidance, stein_guidance
 from mfm_ref.exact import ExactFlowMap
-from mfm_ref.finetuning import finetune_loss
+from mfm_ref.finetuning import finetune_loss, regression_loss
 from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap, Network
 from mfm_ref.interpolant import (
     coupled_interpolants,
@@ -23,7 +25,7 @@ from mfm_ref.interpolant import (
     score_to_denoiser,
     score_to_drift,
 )
-from mfm_ref.metrics import mmd, sliced_wasserstein
+from mfm_ref.metrics import coverage, mmd, sliced_wasserstein, vendi_score
 from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
 from mfm_ref.noise import posterior_noise
@@ -45,10 +47,12 @@ from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, log_snr_grid, sample, sample_posterior, time_grid
+from mfm_ref.search import search
 from mfm_ref.steering import steer
+from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import train
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "MLP",
@@ -57,17 +61,22 @@ __all__ = [
     "FlowMap",
     "GaussianLikelihood",
     "GaussianMixture",
+    "GlassRollout",
     "Guided",
     "LinearReward",
     "MetaFlowMap",
     "Network",
+    "Particles",
     "RandomBatches",
     "TensorBatches",
     "TrainConfig",
     "WithProgress",
     "adaptive_weight",
+    "best_of_n",
+    "collect",
     "controlled_guidance",
     "coupled_interpolants",
+    "coverage",
     "denoiser",
     "denoiser_to_drift",
     "denoiser_to_score",
@@ -81,6 +90,7 @@ __all__ = [
     "evaluations",
     "finetune_loss",
     "glass_drift",
+    "glass_rollout",
     "gradient_guidance",
     "guidance",
     "guided_target",
@@ -96,19 +106,26 @@ __all__ = [
     "no_context",
     "noise_scale",
     "posterior_noise",
+    "regression_loss",
     "rows_within",
     "sample",
     "sample_posterior",
     "score_to_denoiser",
     "score_to_drift",
+    "sde_rollout",
+    "search",
     "semigroup_loss",
     "semigroup_target",
     "sliced_wasserstein",
+    "smc",
     "steer",
     "stein_guidance",
+    "tilted_map_loss",
+    "tilted_target",
     "time_grid",
     "train",
     "value",
     "value_gradient",
     "velocity_loss",
+    "vendi_score",
 ]
