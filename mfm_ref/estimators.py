@@ -80,11 +80,10 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
 
     Under the weights, g_i and f_i have the same mean, so any mixture of E16 and E17 is consistent. Two are made:
 
-    - everywhere, E16 has the weight e = ESS/n: where the weights are even, its noise is small; where they are not, its
-      tails are heavy, and f_i has none;
+    - everywhere, E16 has the weight e = ESS/n · min(1, Var f/Var g): its noise is small where the weights are even
+      and the reward is smooth; elsewhere its tails are heavy, and E17 has none;
     - along the direction ĝ of E16, it has the weight β of least variance, by regression of ⟨f_i, ĝ⟩ on
-      ⟨f_i − g_i, ĝ⟩ over the draws, half with the weights and half without (the weights alone may leave one draw).
-      Across ĝ this one is E17.
+      ⟨f_i − g_i, ĝ⟩ over the draws. Across ĝ this one is E17.
 
     The second is used as far as ⟨f_i, ĝ⟩ and ⟨g_i, ĝ⟩ are one linear function of each other: with the weight R²,
     adjusted for the number of draws. For a Gaussian posterior and a quadratic reward in one direction R² = 1, and the
@@ -114,10 +113,22 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
     direction = pull / pull.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
     along_f, along_g = (torch.einsum("nbd,bd->nb", a, direction) for a in (shifts, flat))
     beta, trust = (a.unsqueeze(-1) for a in _regression(r, along_f, along_g))  # (B, 1)
-    even = effective_sample_size(r).unsqueeze(-1) / len(r)
+    even = (effective_sample_size(r) / len(r) * _variance_ratio(r, shifts, flat)).unsqueeze(-1)  # e, (B, 1)
     apart = pull - shift
     along = (apart * direction).sum(-1, keepdim=True) * direction
     return (shift + trust * beta * along + (1 - trust) * even * apart).reshape(draws.shape[1:])
+
+
+def _variance_ratio(r: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """min(1, Var f/Var g) over the draws, half with the weights and half without: `(n, B), 2 · (n, B, D) -> (B,)`."""
+    weights = _half_weights(r).unsqueeze(-1)
+    vf, vg = ((weights * (a - (weights * a).sum(0)).square()).sum((0, 2)) for a in (f, g))
+    return torch.where(vg > vf, vf / torch.where(vg > vf, vg, 1.0), 1.0)
+
+
+def _half_weights(r: Tensor) -> Tensor:
+    """(w_i + 1/n)/2: the weights alone may leave one draw."""
+    return (torch.softmax(r, 0) + 1 / len(r)) / 2
 
 
 def _regression(r: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +136,7 @@ def _regression(r: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
     Where g is constant but for rounding, as for a linear reward of a Gaussian, R² is 1.
     """
-    weights, n = (torch.softmax(r, 0) + 1 / len(r)) / 2, len(r)
+    weights, n = _half_weights(r), len(r)
     rounding = (1e3 * torch.finfo(g.dtype).eps) ** 2 * (weights * g.square()).sum(0)
     f, g = (a - (weights * a).sum(0) for a in (f, g))
     ff, gg, fg = ((weights * a * b).sum(0) for a, b in ((f, f), (g, g), (f, g)))

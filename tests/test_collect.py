@@ -1,4 +1,4 @@
-"""Long sampling: what was finished is read back, what was not is drawn, and the samples are those of an unbroken run."""
+"""Long sampling: finished batches are read back, others drawn, and the samples are those of an unbroken run."""
 
 import json
 import os

@@ -333,9 +333,9 @@ def test_what_a_counted_reward_returns_is_checked(reward, message):
 
 
 def test_at_step_names_the_step_in_a_value_error():
-    with pytest.raises(ValueError, match=r"^step 3 of 250, at t = 0.1235: the reward must be finite$") as caught:
-        with at_step(3, 250, 0.123456):
-            raise ValueError("the reward must be finite")
+    message = r"^step 3 of 250, at t = 0.1235: the reward must be finite$"
+    with pytest.raises(ValueError, match=message) as caught, at_step(3, 250, 0.123456):
+        raise ValueError("the reward must be finite")
     assert str(caught.value.__cause__) == "the reward must be finite"
 
 

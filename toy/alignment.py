@@ -32,7 +32,7 @@ from toy.mixture import paper_mixture
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentConfig(ToyConfig):
-    """Settings of the run; the defaults take about 20 minutes of two cores."""
+    """Settings of the run; the defaults take about 10 minutes of two cores."""
 
     out: Path = Path("runs/alignment")
     map: Path = option(Path(), "folder of a trained map, such as runs/mixture/map; only the oracle without it")
@@ -40,7 +40,7 @@ class AlignmentConfig(ToyConfig):
     steps: int = option(100, "of the Doob ODE and SDE, uniform in time")
     largest: int = option(128, "largest number N of posterior draws per step; the others halve it down to 1")
     set_size: int = option(1024, "samples in one set")
-    sets: int = option(2, "sets of each method")
+    sets: int = option(1, "sets of each method; all methods share their starts")
     references: int = option(64, "exact sets that each is compared with")
     tds_particles: int = option(4096, "in one population, of which set_size are compared")
     tds_seeds: int = option(20, "populations")

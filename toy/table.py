@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from toy import alignment, diversity, estimators, finetuning, lipschitz, reward_variance, smoothing, tilted_map
 from toy.common import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,8 +115,20 @@ def _others(results: dict[str, Any]) -> str:
 
 
 def main(folder: Path = RESULTS) -> tuple[str, ...]:
-    """The tables of the mixture, of the digits, and of the objectives where their report is there."""
-    makers = {"mixture": mixture_tables, "digits": digits_tables, "objectives": objectives_tables}
+    """The tables of every report that is in the folder."""
+    makers = {
+        "mixture": mixture_tables,
+        "digits": digits_tables,
+        "objectives": objectives_tables,
+        "alignment": alignment.table,
+        "estimators": estimators.table,
+        "finetuning": finetuning.table,
+        "tilted_map": tilted_map.table,
+        "smoothing": smoothing.table,
+        "diversity": diversity.table,
+        "reward_variance": reward_variance.table,
+        "lipschitz": lipschitz.table,
+    }
     paths = {name: folder / f"{name}.json" for name in makers}
     return tuple(maker(json.loads(paths[name].read_text())) for name, maker in makers.items() if paths[name].exists())
 
