@@ -15,7 +15,7 @@ digits: .venv/ready
 	TQDM_POSITION=1 $(BIN)/python -m toy.digits --out runs/digits
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
