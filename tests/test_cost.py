@@ -273,6 +273,16 @@ def test_the_check_is_made_once_and_not_counted():
     assert cost.reward_forward == 9
 
 
+def test_of_equal_rows_the_check_learns_nothing_and_is_made_again():
+    """At t = 0 every posterior has the same mean, which is all that DPS shows to the reward."""
+    for equal in (states(1).expand(4, 2), torch.zeros(4, 2).double()):
+        with counting(network(), lambda x: linear(x) - linear(x).mean(), 1) as (_, counted, cost):
+            evaluate_reward(counted, equal)
+            with pytest.raises(ValueError, match="must not depend on the other samples"):
+                evaluate_reward(counted, states(4))
+        assert cost.reward_forward == 4
+
+
 def test_batches_of_one_are_not_compared():
     with counting(network(), lambda x: linear(x) + torch.rand(len(x)), 1) as (_, counted, _):
         evaluate_reward(counted, states(1))
