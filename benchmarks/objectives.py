@@ -29,9 +29,8 @@ from mfm_ref import MLP, FlowMap, coupled_interpolants, mean_flow_loss, velocity
 from mfm_ref.files import save_json
 from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.times import ordered_times
-from toy.common import ToyConfig, option, parse, set_up_processor
+from toy.common import ToyConfig, markdown, option, parse, set_up_processor
 from toy.mixture import paper_mixture
-from toy.table import markdown
 
 Step = Callable[[], None]
 Loss = Callable[[FlowMap, Tensor], Tensor]

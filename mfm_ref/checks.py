@@ -108,6 +108,12 @@ def evaluate_reward(reward: Reward, x1: Tensor) -> Tensor:
         ValueError: when the reward fails, returns another shape, or a NaN or infinite value; from `check_uncoupled`
             where the reward itself calls it. Running out of memory stays what it is.
     """
+    r = _call(reward, x1)
+    check_finite(r, "the reward")
+    return r if r.is_floating_point() else r.to(x1.dtype)
+
+
+def _call(reward: Reward, x1: Tensor) -> Tensor:
     try:
         r = reward(x1)
     except (MemoryError, torch.OutOfMemoryError, RewardError):
@@ -119,8 +125,7 @@ def evaluate_reward(reward: Reward, x1: Tensor) -> Tensor:
     if not isinstance(r, Tensor) or r.shape != x1.shape[:1]:
         got = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
         raise RewardError(f"a reward must return one number per sample, shape ({x1.shape[0]},), got {got}")
-    check_finite(r, "the reward")
-    return r if r.is_floating_point() else r.to(x1.dtype)
+    return r
 
 
 def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
@@ -136,14 +141,14 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
         r: the reward of all of them, `(B,)`, finite.
 
     Raises:
-        ValueError: with both values; a reward that does not fit a batch of one (`evaluate_reward`).
+        ValueError: with both values; a reward that fails for a batch of one, or returns another shape.
     """
     rounding = max(1e-3, 16 * torch.finfo(r.dtype).eps if r.is_floating_point() else 0.0)
     r = r.detach().double()  # of bools too
     spread = float(r.max()) - float(r.min())
     for row in {int(r.argmax()), int(r.argmin())}:
         with torch.no_grad():
-            alone, together = float(evaluate_reward(reward, x1[row : row + 1].detach())), float(r[row])
+            alone, together = float(_call(reward, x1[row : row + 1].detach())), float(r[row])
         if not abs(alone - together) <= max(2e-2 * spread, rounding * max(abs(alone), abs(together))):
             raise RewardError(
                 f"a reward must not depend on the other samples of a batch or on chance; this one gives {together:.6g} "

@@ -113,7 +113,8 @@ def time_grid(steps: int, *, power: float = 1.0) -> list[float]:
 def log_snr_grid(steps: int, *, limit: float = 10.0) -> list[float]:
     """A grid of K steps, uniform in the log signal-to-noise ratio λ = 2 log(t/(1−t)) from −limit to limit.
 
-    t = 0 and t = 1, where λ is infinite, take the place of the ends: denser at both of them.
+    t = 0 and t = 1, where λ is infinite, take the place of the ends: denser at both of them. The first and the last
+    step stay near 1/(1 + e^{limit/2}) as K grows, so a finer grid also needs a larger limit.
     """
     check_count(steps, "steps")
     if not 0 < limit < math.inf:
