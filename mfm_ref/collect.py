@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from mfm_ref.checks import check_count, check_finite
 from mfm_ref.cost import Cost
-from mfm_ref.data import stream_seed
+from mfm_ref.data import COLLECTED, stream_seed
 from mfm_ref.files import atomic_path
 
 FORMAT = "mfm_ref samples 1"
-BATCH = 4  # what the streams are for, as the third number of their seeds: beside those of `data`
 
 Draw = Callable[[range, torch.Generator], Tensor | tuple[Tensor, Cost]]
 Part = tuple[Tensor, Cost]  # of one batch
@@ -74,7 +73,7 @@ def collect(
     parts = {} if store is None else store.read(jobs)  # all of them before any is drawn
     for k, rows in enumerate(tqdm(jobs, desc=progress, disable=progress is None, leave=False)):
         if k not in parts:
-            generator = torch.Generator(device).manual_seed(stream_seed(seed, k, BATCH))
+            generator = torch.Generator(device).manual_seed(stream_seed(seed, k, COLLECTED))
             part = _drawn(draw, rows, generator)
             _check_alike(f"batch {k}, drawn now,", part, parts)
             if store is not None:

@@ -1,7 +1,6 @@
 """What a run costs: network and reward evaluations, counted while it runs and by formula, seconds and memory."""
 
 import dataclasses
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -44,10 +43,10 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
     Args:
         method: "gradient" or "controlled" K + 4nK (drift; map and reward, forward and backward); "stein" K + 2nK
             (drift; map and reward); "dps" 4K (the paper's 4NK is that of N chains); "search" 2mnK; "best_of_n"
-            nK + n; "smc" m (4K − 2): DPS's 4 in each step but the last, which has no guidance.
+            nK + n; "smc" m (4K − 2): DPS's 4 in each step but the last, which has no guidance; "smc_base" 2mK.
         steps: K, evaluations of the drift: the number of steps, twice that for the midpoint rule.
         n: posterior draws per step and sample; of "best_of_n" the candidates.
-        m: particles of "search" and "smc".
+        m: particles of "search", "smc" and "smc_base" (its base proposal).
 
     Raises:
         ValueError: counts below one, or an unknown method.
@@ -62,6 +61,7 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
         "search": 2 * m * n * steps,
         "best_of_n": n * steps + n,
         "smc": m * (4 * steps - 2),
+        "smc_base": 2 * m * steps,
     }
     if method not in formulas:
         raise ValueError(f"method must be one of {', '.join(formulas)}, got {method!r}")
@@ -147,5 +147,10 @@ def counting(X: MetaFlowMap, reward: Reward, samples: int) -> Iterator[tuple[Met
 
 
 def _peak_of_process() -> int:
+    """Bytes; 0 on systems that do not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes on Linux

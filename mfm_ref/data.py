@@ -45,7 +45,8 @@ def check_position(position: dict[str, Any]) -> None:
 
 
 # What the streams of mfm_ref are for, as the third number of their seeds: none is one that `stream_seed(a, b)` gives.
-NOISE, GLOBAL, ORDER, LOADED = range(4)  # of the loss; torch's own source; of TensorBatches; of data without a position
+# Of the loss; torch's own source; of TensorBatches; of data without a position; of batches of samples (`collect`).
+NOISE, GLOBAL, ORDER, LOADED, COLLECTED = range(5)
 
 
 def stream_seed(*numbers: int) -> int:

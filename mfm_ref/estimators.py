@@ -29,7 +29,7 @@ def effective_sample_size(r: Tensor) -> Tensor:
 
 
 def weighted_mean(r: Tensor, values: Tensor) -> Tensor:
-    """Σ_i w_i values_i with the weights w_i = e^{r_i}/Σ_j e^{r_j}: `(n, B), (n, B, *D) -> (B, *D)`.
+    """Σ_i w_i values_i with the weights w_i = e^{r_i}/Σ_j e^{r_j}: `(n, B), (n, B, *D) -> (B, *D)`, of values' dtype.
 
     Raises:
         ValueError: shapes that do not fit, or rewards that are not finite.
@@ -39,7 +39,7 @@ def weighted_mean(r: Tensor, values: Tensor) -> Tensor:
             f"rewards must be (n, B) and values (n, B, *D), got {tuple(r.shape)} and {tuple(values.shape)}"
         )
     check_finite(r, "the rewards")
-    return (_broadcast(torch.softmax(r, 0), values) * values).sum(0)
+    return (_broadcast(torch.softmax(r, 0), values) * values).sum(0).to(values.dtype)
 
 
 def gradient_guidance(r: Tensor, pulls: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
     even = (effective_sample_size(r) / len(r) * _variance_ratio(r, shifts, flat)).unsqueeze(-1)  # e, (B, 1)
     apart = pull - shift
     along = (apart * direction).sum(-1, keepdim=True) * direction
-    return (shift + trust * beta * along + (1 - trust) * even * apart).reshape(draws.shape[1:])
+    return (shift + trust * beta * along + (1 - trust) * even * apart).reshape(draws.shape[1:]).to(draws.dtype)
 
 
 def _variance_ratio(r: Tensor, f: Tensor, g: Tensor) -> Tensor:

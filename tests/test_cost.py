@@ -199,7 +199,7 @@ class Normalised(nn.Module):
         lambda x: linear(x) / linear(x).abs().max(),
         lambda x: linear(x) / linear(x).norm(),
         lambda x: linear(x).softmax(0),
-        lambda x: (linear(x) - linear(x).mean()) / linear(x).std(),  # NaN for one sample alone
+        lambda x: (linear(x) - linear(x).mean()) / (linear(x) - linear(x).mean()).norm(),  # NaN for one sample alone
         lambda x: linear(x).cumsum(0),
         lambda x: linear(x).flip(0),
         lambda x: linear(x).argsort().argsort(),  # integers

@@ -587,3 +587,11 @@ def test_the_log_snr_grid_is_uniform_in_it(steps):
 def test_grids_refuse(grid, match):
     with pytest.raises(ValueError, match=match):
         grid()
+
+
+@pytest.mark.parametrize("method", ["controlled", "gradient", "stein", "dps"])
+def test_a_reward_may_have_another_precision_than_the_map(method):
+    X = FlowMap(MLP(torch.zeros(2), torch.eye(2), hidden=8))
+    for dtype in (torch.float64, torch.bfloat16):
+        x, _ = steer(X, lambda x1, dtype=dtype: x1.sum(1).to(dtype), 4, n=3, steps=3, method=method)
+        assert x.dtype == torch.float32
