@@ -119,6 +119,14 @@ def guidance(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     eps = _noises(n, x, noise, eps, generator)
+    if max_rows is not None and n * len(x) > max(n, check_rows(max_rows)):
+        # States do not depend on each other: the estimate, and not the draws alone, is made block by block.
+        size, times = max(1, max_rows // n), expand_time(t, x).flatten()
+        parts = [slice(first, first + size) for first in range(0, len(x), size)]
+        blocks = ((times[i], x[i], None if y is None else y[i], eps[:, i]) for i in parts)
+        return torch.cat(
+            [guidance(X, reward, t, x, n, method, steps=steps, y=y, eps=e, max_rows=max_rows) for t, x, y, e in blocks]
+        )
     if method == "stein":
         draws, r = posterior_rewards(X, reward, t, x, eps, steps=steps, y=y, max_rows=max_rows)
         return stein_guidance(r, draws, t)

@@ -72,7 +72,8 @@ def stein_guidance(r: Tensor, draws: Tensor, t: Time) -> Tensor:
     Raises:
         ValueError: t = 1, shapes that do not fit, or rewards that are not finite.
     """
-    return weighted_mean(r, _shifts(draws, t))
+    precise = torch.promote_types(draws.dtype, torch.float32)
+    return weighted_mean(r, _shifts(draws.to(precise), t)).to(draws.dtype)
 
 
 def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Tensor:
@@ -91,7 +92,7 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
 
         (σ_t²/2) ∇V = E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ.
 
-    Consistent as n grows. For one draw it is E16, for two there is no R² and it counts as 0.
+    Consistent as n grows. For one draw it is E16; for two there is no R², and it counts as 0 unless g is constant.
 
     Args:
         r: rewards `(n, B)`.
@@ -106,9 +107,12 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
         ValueError: t = 1, shapes that do not fit, or rewards that are not finite.
     """
     check_same_shape(draws=draws, pulls=pulls)
-    shifts, flat = (a.reshape(*a.shape[:2], -1) for a in (_shifts(draws, t), pulls))  # (n, B, D)
     if len(r) == 1:
         return gradient_guidance(r, pulls)
+    # Squares of half-precision numbers are rounding, so all of this is in single precision at least.
+    precise = torch.promote_types(torch.promote_types(r.dtype, draws.dtype), torch.float32)
+    r, shifts, flat = r.to(precise), _shifts(draws.to(precise), t), pulls.to(precise)
+    shifts, flat = (a.reshape(*a.shape[:2], -1) for a in (shifts, flat))  # (n, B, D)
     pull, shift = weighted_mean(r, flat), weighted_mean(r, shifts)  # (B, D)
     direction = pull / pull.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(pull.dtype).tiny)
     along_f, along_g = (torch.einsum("nbd,bd->nb", a, direction) for a in (shifts, flat))
@@ -144,7 +148,7 @@ def _regression(r: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     beta = torch.where(spread > 0, (ff - fg) / torch.where(spread > 0, spread, 1.0), 1.0).clamp(0, 1)
     squared = torch.where(ff * gg > 0, fg.square() / torch.where(ff * gg > 0, ff * gg, 1.0), 0.0)
     squared = torch.where(gg > rounding, squared, 1.0)
-    adjusted = 1 - (1 - squared) * (n - 1) / (n - 2) if n > 2 else torch.zeros_like(squared)
+    adjusted = 1 - (1 - squared) * (n - 1) / (n - 2) if n > 2 else (gg <= rounding).to(squared)
     return beta, adjusted.clamp(0, 1)
 
 

@@ -1,7 +1,6 @@
 """The noises ε of posterior draws: independent, antithetic, or randomised quasi-Monte Carlo."""
 
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,8 +56,11 @@ def _sobol(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
     device = x.device if generator is None else generator.device
     shift = torch.randint(2**_BITS, x.shape, generator=generator, dtype=torch.int32, device=device).to(x.device)
     digits = _scrambled(n, x.shape[1], generator, device).to(x.device)
-    uniform = (digits.unsqueeze(1) ^ shift).double().add_(0.5).div_(2**_BITS)  # never 0 or 1
-    return cast(Tensor, torch.special.ndtri(uniform)).to(x.dtype)
+    result = torch.empty((n, *x.shape), dtype=x.dtype, device=x.device)
+    for point, row in zip(digits, result, strict=True):  # one by one: in double precision all of them take much memory
+        uniform = (point ^ shift).double().add_(0.5).div_(2**_BITS)  # never 0 or 1
+        row.copy_(torch.special.ndtri(uniform))
+    return result
 
 
 def _scrambled(n: int, dim: int, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -194,7 +194,7 @@ def test_the_committed_result_shows_what_the_readme_says(tmp_path):
     for n in DRAWS[:2]:
         plain = found(report, method="stein", objective="regression", draws=n)["error"]
         assert plain > 2 * found(report, method="stein", draws=n)["error"]
-        assert plain == pytest.approx(report["regression_bias"]["stein"][str(n)], rel=0.2)
+        assert 1 < plain / report["regression_bias"]["stein"][str(n)] < 1.4  # its limit, and noise of training
     draw(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -52,7 +52,7 @@ LATEST = 0.98  # time in training and in the error of a drift
 
 @dataclasses.dataclass(frozen=True)
 class FinetuningConfig(ToyConfig):
-    """Settings of the run; the defaults take about ten minutes of one core."""
+    """Settings of the run; the defaults take about 13 minutes of one core."""
 
     out: Path = Path("runs/finetuning")
     map: str = option("", "folder of a trained map, to be fine-tuned itself; the exact oracle where empty")
@@ -142,7 +142,7 @@ def finetune(
 
     student = copy.deepcopy(first).requires_grad_().train()
     settings = TrainConfig(steps=config.steps, lr=config.lr, clip=10.0, seed=stream_of(config, 2))
-    stage = "-".join(map(str, dataclasses.astuple(run))).replace(" ", "")
+    stage = "-".join(map(str, dataclasses.astuple(run))).replace(" − ", "-minus-")
     return train(student, loss, RandomBatches(clean, generator(config, 2)), settings, **resumable(config, stage))[0]
 
 
@@ -324,7 +324,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _finish(ax: Any, title: str, **settings: Any) -> None:
     ax.set(**settings)
     ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, handlelength=3.5)
 
 
 def _draw_errors(ax: Any, report: dict[str, Any]) -> None:
@@ -380,7 +380,7 @@ def _draw_ablation(ax: Any, report: dict[str, Any], key: str, label: str) -> Non
     ax.set_xscale("log", base=2)
     ax.set_xticks(DRAWS, [str(n) for n in DRAWS])
     labels = {"xlabel": "posterior draws per state, N", "ylabel": label, "yscale": "log"}
-    _finish(ax, "equal numbers of draws, λ = 1", **labels, ylim=(None, 20 * max(drawn)))
+    _finish(ax, "equal numbers of draws, λ = 1", **labels, ylim=(None, 60 * max(drawn)))
 
 
 def table(report: dict[str, Any]) -> str:
