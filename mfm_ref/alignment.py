@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mfm_ref.checks import Reward, Time, check_count, check_finite, evaluate_reward, expand_time
+from mfm_ref.checks import (
+    Reward,
+    Time,
+    check_count,
+    check_finite,
+    check_labels,
+    check_uncoupled,
+    evaluate_reward,
+    expand_time,
+)
 from mfm_ref.estimators import controlled_guidance, gradient_guidance, log_mean_exp, stein_guidance
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import denoiser_to_drift, noise_scale
@@ -34,7 +43,8 @@ def value(
     """E15: V̂_t(x) = log (1/n) Σ_i exp r(X_{0,1}(ε_i; t, x)), `(B,)`.
 
     `reward` maps clean data `(B, *D)` to `(B,)`; `noise` is a kind of `posterior_noise`; other arguments are those of
-    `sample_posterior`. Differentiable in x. Its bias is −Var(e^r)/(2 n E[e^r]²) to first order.
+    `sample_posterior`. Differentiable in x, so all draws are in one graph. Its bias is −Var(e^r)/(2 n E[e^r]²) to first
+    order for the independent noises that are its default: those of the others would have another.
 
     Raises:
         ValueError: from `sample_posterior` or `posterior_noise`, or a reward that does not fit (`evaluate_reward`).
@@ -78,8 +88,9 @@ def value_gradient(
         y: class labels `(B,)`, or None.
         eps: the noises `(n, B, *D)`; drawn where None.
         generator: source of the noises.
-        max_rows: most rows (of the n·B) in one call of the map, which bounds the memory; all of them where None.
-            The noises are drawn before, so it does not change the result but for rounding. See `rows_within`.
+        max_rows: most rows (of the n·B) in one call of the map, and, where more than n, in one estimate, which bounds
+            the memory; all of them where None. The noises are drawn before, so it does not change the result but
+            for rounding. See `rows_within`.
 
     Raises:
         ValueError: an unknown method or noise; a reward that does not fit (`evaluate_reward`) or, unless the method
@@ -118,8 +129,11 @@ def guidance(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_labels(y, len(x))
     eps = _noises(n, x, noise, eps, generator)
-    if max_rows is not None and n * len(x) > max(n, check_rows(max_rows)):
+    if max_rows is not None:
+        check_count(max_rows, "max_rows")
+    if max_rows is not None and len(x) > 1 and n * len(x) > max_rows:
         # States do not depend on each other: the estimate, and not the draws alone, is made block by block.
         size, times = max(1, max_rows // n), expand_time(t, x).flatten()
         parts = [slice(first, first + size) for first in range(0, len(x), size)]
@@ -262,11 +276,14 @@ def context_gradient(
     y: Tensor | None = None,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Posterior draws X and (σ_t²/2) ∇_x r(X) of each (E18), both `(n, B, *D)`; finite at t = 0 as `guidance` is."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior draws X, their rewards `(n, B)` and (σ_t²/2) ∇_x r(X) of each (E18), `(n, B, *D)` like the draws.
+
+    Finite at t = 0 as `guidance` is.
+    """
     eps = _noises(n, x, "independent", eps, generator)
-    draws, _, slopes = posterior_slopes(X, reward, t, x, eps, y=y)
-    return draws, guidance_factor(X, t, x) * slopes
+    draws, r, slopes = posterior_slopes(X, reward, t, x, eps, y=y)
+    return draws, r, guidance_factor(X, t, x) * slopes
 
 
 def rows_within(memory: float, X: MetaFlowMap, reward: Reward | None, *, y: Tensor | None = None) -> int:
@@ -274,6 +291,10 @@ def rows_within(memory: float, X: MetaFlowMap, reward: Reward | None, *, y: Tens
 
     Measured: what the graph of two rows saves for its backward pass, less that of one row, at t = 0.5 and normal
     states. With None in place of the reward, for a black box, the map's alone: more than its rows take without a graph.
+    Beside the graphs there are the noises of all n·B rows, and some copies of the draws of as many.
+
+    Raises:
+        ValueError: memory that is not positive, or a reward that does not fit, couples two rows or has no gradient.
     """
     if not memory > 0:
         raise ValueError(f"memory must be positive, got {memory}")
@@ -293,6 +314,8 @@ def rows_within(memory: float, X: MetaFlowMap, reward: Reward | None, *, y: Tens
             reader, context = through_context(X, 0.5, x)
             draws = sample_posterior(reader, 0.5, context, 1, y=labels, eps=x.unsqueeze(0))[0]
             graph = draws if reward is None else evaluate_reward(reward, draws)
+        if reward is not None and rows == 2:
+            check_uncoupled(reward, draws, graph)
         sizes.append(sum(saved.values()))
         del draws, graph
     return max(1, int(memory / max(sizes[1] - sizes[0], 1)))
@@ -321,8 +344,8 @@ def guidance_factor(X: MetaFlowMap, t: Time, x: Tensor) -> Tensor:
         return 1 - time
     if bool((time == 0).any()):
         raise ValueError(
-            "differentiating a map that reads x (reads_tx is false) needs t > 0, got t = 0; "
-            'let its network read t·x, or use method "stein"'
+            "differentiating a map that reads x (reads_tx is false), as rollouts do, needs t > 0, got t = 0; "
+            'use method "stein", or let its network read t·x'
         )
     return noise_scale(time) / 2
 
@@ -363,8 +386,7 @@ def _chunks(
     if max_rows is not None:
         check_count(max_rows, "max_rows")
     times, contexts = expand_time(t, x).flatten().repeat(n), x.expand(n, *x.shape).flatten(0, 1)
-    if y is not None and y.shape != x.shape[:1]:
-        raise ValueError(f"labels y must have shape ({len(x)},), got {tuple(y.shape)}")
+    check_labels(y, len(x))
     labels = None if y is None else y.repeat(n)
     size = len(rows) if max_rows is None else max_rows
     for first in range(0, len(rows), size):

@@ -10,7 +10,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mfm_ref.alignment import denoiser, guidance_factor, through_context
-from mfm_ref.checks import Reward, Time, at_step, check_count, check_finite, check_order, evaluate_reward, expand_time
+from mfm_ref.checks import (
+    Reward,
+    Time,
+    at_step,
+    check_count,
+    check_finite,
+    check_labels,
+    check_order,
+    evaluate_reward,
+    expand_time,
+)
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import Drift, drift_to_denoiser, glass_drift
@@ -58,6 +68,7 @@ def best_of_n(
         ValueError: counts below one; from `integrate`; from `evaluate_reward`, named as the last step.
     """
     check_count(n_samples, "n_samples")
+    check_labels(y, n_samples)
     check_count(n, "n")
     grid = time_grid(steps) if times is None else check_grid(times)
     labels = None if y is None else y.repeat(n)
@@ -148,6 +159,7 @@ def smc(
             is wrong with the map or the reward, or t = 0 for "guided" and a map that reads x (`through_context`).
     """
     check_count(n_particles, "n_particles")
+    check_labels(y, n_particles)
     if proposal not in ("guided", "base"):
         raise ValueError(f'proposal must be "guided" or "base", got {proposal!r}')
     if not 0 <= threshold <= 1:
@@ -176,6 +188,7 @@ def smc(
                 xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
                 x = keep * x + gain * denoised + std * (shift + xi)
                 log_w = log_w - r + log_transition_ratio(xi, shift)
+        x = x[torch.randperm(n_particles, generator=generator, device=x.device)]  # resampling leaves kin side by side
     return Particles(x, ess, log_partition), cost
 
 
@@ -238,7 +251,8 @@ class GlassRollout:
     Args:
         drift: the base drift, `drift(t, x) -> (B, *D)`, called as `drift(t, x, y)` where y is given.
         shape: *D.
-        steps: uniform Euler steps of each call, >= 1; what counts one evaluation of this map is `steps` of the drift.
+        steps: uniform Euler steps of each call, >= 1: one evaluation of the map is `steps` of the drift, one of its
+            velocity on the diagonal is one.
         dtype: of the states.
         device: of the states.
 
@@ -298,12 +312,14 @@ def glass_rollout(
 ) -> Tensor:
     """E20: n samples of p_{1|t}(·|x) by `steps` Euler steps of E12 each, from the base drift; `(n, B, *D)`.
 
-    Arguments as in `sample_posterior` and `GlassRollout`. The error falls as 1/steps.
+    Arguments as in `sample_posterior` and `GlassRollout`. The error falls as 1/steps. Differentiable, so the graph
+    holds every step of a drift with weights: use torch.no_grad() where no derivative is wanted.
     """
     X = GlassRollout(drift, tuple(x.shape[1:]), steps, x.dtype, x.device)
     return sample_posterior(X, t, x, n, y=y, eps=eps, generator=generator)
 
 
+@torch.no_grad()
 def sde_rollout(
     drift: Drift,
     t: Time,
@@ -326,7 +342,7 @@ def sde_rollout(
         generator: source of the noise.
 
     Returns:
-        samples `(n, B, *D)`.
+        samples `(n, B, *D)`, without a graph.
 
     Raises:
         ValueError: counts below one, a time outside [0, 1) or of another shape, a drift of another shape than x or not

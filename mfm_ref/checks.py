@@ -156,6 +156,12 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
             )
 
 
+def check_labels(y: Tensor | None, n: int) -> None:
+    """Refuse labels that are not one for each of n samples."""
+    if y is not None and (not isinstance(y, Tensor) or y.shape != (n,)):
+        raise ValueError(f"labels y must have shape ({n},), got {getattr(y, 'shape', y)}")
+
+
 @contextmanager
 def at_step(k: int, total: int, t: float) -> Iterator[None]:
     """Name the step (counted from 1) and its time in a ValueError raised inside, and in a note to any other error."""

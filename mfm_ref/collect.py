@@ -5,6 +5,7 @@ batch-00003.safetensors  the samples of one batch; what they cost, and which run
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import reduce
@@ -40,7 +41,7 @@ def collect(
     device: torch.device | str = "cpu",
     progress: str | None = None,
 ) -> tuple[Tensor, Cost]:
-    """`n_samples` samples, batch by batch: `collect(lambda rows, rng: sample(X, len(rows), generator=rng), 5000, 100)`.
+    """`n_samples` samples, batch by batch, as `collect(lambda rows, rng: sample(X, len(rows), 4, generator=rng), …)`.
 
     Each batch has a generator of its own, so the samples are the same wherever the run was interrupted.
 
@@ -141,7 +142,8 @@ class _Batches:
                 if len(part[0]) == len(rows):
                     parts[k] = part
         for left in self.folder.glob(".*.batch-*.safetensors"):
-            left.unlink(missing_ok=True)
+            if not _alive(left.name.split(".")[1]):
+                left.unlink(missing_ok=True)
         return parts
 
     def _read(self, k: int) -> Part:
@@ -163,3 +165,14 @@ class _Batches:
             if differing:
                 raise ValueError(f"{path} {what}; remove it or write elsewhere: {'; '.join(differing)}")
         return samples, cost
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this number is running, here."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it is someone else's
+        return True
+    return True

@@ -62,9 +62,9 @@ def finetune_loss(
             t·x, n below one, a drift or a weight of another shape, a reward of the wrong shape or not finite,
             or one so large that e^{r−c} overflows.
     """
-    draws, targets = _draws_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
+    r, targets = _rewards_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
     with torch.no_grad():
-        factor = (rewards_of(reward, draws) - log_scale).exp()
+        factor = (r - log_scale).exp()
         check_finite(factor, "e^(r − log_scale): choose a larger log_scale; it")
     squared = (_call(student, t, x, y, "student") - targets).square().reshape(n, len(x), -1).sum(2)  # (n, B)
     return (factor * _weights(weight, t, x) * squared).mean()
@@ -98,14 +98,14 @@ def regression_loss(
     Returns:
         the loss, `()`.
     """
-    draws, targets = _draws_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
+    r, targets = _rewards_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
     with torch.no_grad():
-        target = weighted_mean(rewards_of(reward, draws), targets)
+        target = weighted_mean(r, targets)
     squared = (_call(student, t, x, y, "student") - target).square().reshape(len(x), -1).sum(1)  # (B,)
     return (_weights(weight, t, x) * squared).mean()
 
 
-def _draws_and_targets(
+def _rewards_and_targets(
     base: Drift,
     X: MetaFlowMap,
     reward: Reward,
@@ -117,17 +117,17 @@ def _draws_and_targets(
     eps: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Posterior draws X_i and b + g(X_i) of each, both `(n, B, *D)`, without a graph; see `finetune_loss`."""
+    """r(X_i), `(n, B)`, and b + g(X_i), `(n, B, *D)`, of posterior draws X_i, without a graph; see `finetune_loss`."""
     if method == "gradient":
-        draws, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
+        _, r, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
         with torch.no_grad():
-            return draws, _call(base, t, x, y, "base") + gradient
+            return r, _call(base, t, x, y, "base") + gradient
     if method == "stein":
         if bool((expand_time(t, x) == 1).any()):
             raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
         with torch.no_grad():
             draws = sample_posterior(X, t, x, n, y=y, eps=eps, generator=generator)
-            return draws, (draws - x) / (1 - expand_time(t, x))
+            return rewards_of(reward, draws), (draws - x) / (1 - expand_time(t, x))
     raise ValueError(f'method must be "gradient" or "stein", got {method!r}')
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mfm_ref.alignment import posterior_rewards
-from mfm_ref.checks import Reward, at_step, check_count
+from mfm_ref.checks import Reward, at_step, check_count, check_labels
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
@@ -67,6 +67,7 @@ def search(
     """
     for name, count in {"n_samples": n_samples, "particles": particles, "n": n}.items():
         check_count(count, name)
+    check_labels(y, n_samples)
     _check_choice(select, "select", "all", "particle")
     _check_choice(transition, "transition", "stochastic", "deterministic")
     grid = time_grid(steps, power=PAPER_POWER) if times is None else check_grid(times)

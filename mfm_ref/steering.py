@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mfm_ref.alignment import METHODS, doob_drift, dps_drift, rows_within
-from mfm_ref.checks import Reward, check_count
+from mfm_ref.checks import Reward, check_count, check_labels
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.sampling import integrate, noise_like, time_grid
@@ -25,6 +25,8 @@ def steer(
     noise: str = "sobol",
     dynamics: str = "ode",
     rescale: bool = False,
+    posterior_steps: int = 1,
+    x0: Tensor | None = None,
     y: Tensor | None = None,
     memory: float | None = 4e9,
     generator: torch.Generator | None = None,
@@ -43,9 +45,11 @@ def steer(
         noise: kind of the noises of the draws, see `posterior_noise`.
         dynamics: "ode" or "midpoint" (E7), or "sde" (E8); see `integrate`.
         rescale: guidance with the norm of the drift, see `doob_drift`; not for "dps".
+        posterior_steps: evaluations of the map per posterior draw, as `steps` of `sample_posterior`.
+        x0: the noises to start from, `(n_samples, *D)`; drawn where None.
         y: class labels `(n_samples,)`, or None.
         memory: bytes that the graphs of one evaluation may take; draws beyond them wait their turn (`rows_within`),
-            which does not change the result. None for no bound.
+            which changes the result by rounding alone. None for no bound.
         generator: source of all noise.
         progress: label of a progress bar; none where None.
 
@@ -56,8 +60,16 @@ def steer(
         ValueError: from `integrate` and `value_gradient`, with the step; a reward that couples the samples of a batch.
     """
     check_count(n_samples, "n_samples")
-    if method not in (*METHODS, "dps") or (method == "dps" and rescale):
-        raise ValueError(f'method must be one of {", ".join(METHODS)} or "dps" (without rescale), got {method!r}')
+    check_labels(y, n_samples)
+    if method not in (*METHODS, "dps"):
+        raise ValueError(f'method must be one of {", ".join(METHODS)} or "dps", got {method!r}')
+    if method == "dps" and rescale:
+        raise ValueError('rescale must be False for method "dps", got True')
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory must be positive or None, got {memory}")
+    x = noise_like(X, n_samples, generator=generator) if x0 is None else x0
+    if x.shape != (n_samples, *X.shape):
+        raise ValueError(f"x0 must have shape {(n_samples, *X.shape)}, got {tuple(x.shape)}")
     draws = n if callable(n) else lambda t: n
     grid = time_grid(steps) if times is None else times
 
@@ -79,11 +91,11 @@ def steer(
                 method,
                 noise=noise,
                 rescale=rescale,
+                steps=posterior_steps,
                 y=y,
                 generator=generator,
                 max_rows=max_rows(),
             )
 
-        x = noise_like(X, n_samples, generator=generator)
         x = integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)
     return x, cost

@@ -299,7 +299,8 @@ def test_context_gradient_pairs_draws_with_contexts(case: Case, n):
     """Draws and their shares of E18, one (i, b) at a time: the batch couples nothing."""
     X, eps = ExactFlowMap(case.p1), randn(n, *case.x.shape, seed=case.seed)
     reward = GaussianLikelihood(torch.ones(case.p1.dim, dtype=torch.float64), 1.0, 1.0)
-    draws, pulls = context_gradient(X, reward, case.t, case.x, n, eps=eps)
+    draws, r, pulls = context_gradient(X, reward, case.t, case.x, n, eps=eps)
+    assert_close(r, reward(draws.flatten(0, 1)).unflatten(0, r.shape), 1e-12, 1 + r.abs())
     times = case.t.expand(case.size)
     for i in range(n):
         for b in range(case.size):

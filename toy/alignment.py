@@ -4,7 +4,7 @@
 
 MFM-G, MFM-GF and the controlled estimator with N = 1, 2, …, 128 draws, DPS and the exact ∇V, each by the Doob ODE and
 by the Doob SDE, and TDS. On the oracle, whose errors are the estimator's own; with `--map DIR` (of toy.mixture) some
-of them on a trained map too. Writes report.json, alignment.png and orders.png. Finished runs are kept in out/jobs, so
+of them on a trained map too. Writes report.json and alignment.png. Finished runs are kept in out/jobs, so
 that a run that was killed goes on.
 """
 

@@ -124,21 +124,19 @@ def steered(config: EstimatorsConfig, dim: int, seed: int) -> dict[str, dict[str
     truth = float((reward.a @ tilted.cov @ reward.a.T).sqrt())
 
     def judged(x: Tensor) -> dict[str, float]:
-        return {"sw2": distance(x), "ratio": distance(x) / floor, "spread": float((x @ reward.a.T).std()) / truth}
+        sw2 = distance(x)
+        return {"sw2": sw2, "ratio": sw2 / floor, "spread": float((x @ reward.a.T).std()) / truth}
 
     noise = noise_like(X, size * sets, generator=torch.Generator(config.device).manual_seed(seed))
     grid = time_grid(config.steps)
     found = {"exact ∇V": judged(integrate(tilted.drift, noise, grid))}
     chosen = {k: v for k, v in ESTIMATORS.items() if "Sobol" in k or (dim == 2 and k in INDEPENDENT)}
     for name, (method, kind) in tqdm(chosen.items(), desc=f"steering, D = {dim}, seed {seed}", leave=False):
-        # The same generator makes the same starts, the first numbers that `steer` draws.
-        same = torch.Generator(config.device).manual_seed(seed)
-        x, _ = steer(X, reward, len(noise), n=config.n, times=grid, method=method, noise=kind, generator=same)
+        x, _ = steer(X, reward, len(noise), n=config.n, times=grid, method=method, noise=kind, x0=noise, generator=rng)
         found[name] = judged(x)
     if dim == 2:
         more, less = config.n * 3 // 2, max(2, config.n // 4)
-        same = torch.Generator(config.device).manual_seed(seed)
-        x, _ = steer(X, reward, len(noise), n=lambda t: more if t < 0.6 else less, times=grid, generator=same)
+        x, _ = steer(X, reward, len(noise), n=lambda t: more if t < 0.6 else less, times=grid, x0=noise, generator=rng)
         found[f"both, Sobol, N = {more} to t = 0.6, then {less}"] = judged(x)
     return found
 

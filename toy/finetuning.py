@@ -31,7 +31,7 @@ from mfm_ref import (
     meta_flow_map_loss,
     train,
 )
-from mfm_ref.alignment import context_gradient, rewards_of
+from mfm_ref.alignment import context_gradient
 from mfm_ref.estimators import weighted_mean
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import save_json
@@ -241,13 +241,13 @@ def regression_bias(
     x = path_of(target, t, rng)
     exact = target.drift(t, x)
     bias: dict[str, dict[str, float]] = {method: {} for method in METHODS}
-    X1, gradient = context_gradient(X, r, t, x, draws, generator=rng)
+    X1, rewards, gradient = context_gradient(X, r, t, x, draws, generator=rng)
     for method, values in (
         ("gradient", p1.drift(t, x) + gradient),
         ("stein", (X1 - x) / (1 - t.unsqueeze(-1))),
     ):
         for n in DRAWS:
-            groups = [a.unflatten(0, (n, draws // n)).flatten(1, 2) for a in (rewards_of(r, X1), values)]  # (N, G·B, …)
+            groups = [a.unflatten(0, (n, draws // n)).flatten(1, 2) for a in (rewards, values)]  # (N, G·B, …)
             off = weighted_mean(*groups).unflatten(0, (draws // n, len(x))) - exact  # (G, B, D)
             one, other = off.chunk(2)
             squared = (one.mean(0) * other.mean(0)).sum() / exact.square().sum()
