@@ -81,12 +81,13 @@ def controlled(weights: Tensor, shifts: list[Tensor], pulls: list[Tensor]) -> Te
     n, shift, apart = len(weights), sum_of(weights, shifts), sum_of(weights, pulls) - sum_of(weights, shifts)
     direction = sum_of(weights, pulls) / sum_of(weights, pulls).norm()
     halved = (weights + 1 / n) / 2
+    varied = [halved @ (torch.stack(v) - sum_of(halved, v)).square().sum(1) for v in (shifts, pulls)]
     f, g = (torch.stack([value @ direction for value in values]) for values in (shifts, pulls))
     f, g = f - halved @ f, g - halved @ g
     beta = (halved @ (f * (f - g)) / (halved @ (f - g).square())).clamp(0, 1)
     squared = (halved @ (f * g)).square() / (halved @ f.square() * (halved @ g.square()))
     trust = (1 - (1 - squared) * (n - 1) / (n - 2)).clamp(0, 1)
-    even = 1 / weights.square().sum() / n
+    even = (varied[0] / varied[1]).clamp(max=1) / weights.square().sum() / n
     return shift + trust * beta * (apart @ direction) * direction + (1 - trust) * even * apart
 
 

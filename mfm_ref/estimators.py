@@ -92,7 +92,9 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
 
         (σ_t²/2) ∇V = E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ.
 
-    Consistent as n grows. For one draw it is E16; for two there is no R², and it counts as 0 unless g is constant.
+    Consistent as n grows. Its weights follow the draws, which is a bias of order 1/n, as E17 has one: larger than E17's
+    where the steep draws of E16 are rare, because those that are there count less. For one draw it is E16; for two
+    there is no R², and it counts as 0 unless g is constant.
 
     Args:
         r: rewards `(n, B)`.

@@ -19,17 +19,20 @@ TOY_README = (ROOT / "toy" / "README.md").read_text()
 
 
 def test_the_first_example_runs_as_printed():
-    code = README.split("```python")[1].split("```")[0]
+    code = (
+        README.split("```python")[1]
+        .split("```")[0]
+        .replace("import torch\n", "import torch\ntorch.manual_seed(0)\n", 1)
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as every test here; more threads wait for busy cores
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     first, steered, target = result.stdout.strip().splitlines()
     assert first == "torch.Size([1000, 5, 2])"
-    numbers = [torch.tensor([float(v) for v in re.findall(r"-?\d+\.\d+", line)]) for line in (steered, target)]
-    assert float((numbers[0] - numbers[1]).norm()) < 2.5  # 64 samples of spread 2, four draws a step
-    untilted = torch.zeros(2)
-    assert float((numbers[1] - untilted).norm()) > 1.5  # the tilt moves the mean: the line is not empty
+    steered, target = (torch.tensor([float(v) for v in re.findall(r"-?\d+\.\d+", line)]) for line in (steered, target))
+    # 64 samples of standard deviation 2 in all: the mean is off by 0.3 or so. Unsteered it is 0, and 2.2 away.
+    assert float((steered - target).norm()) < 1.2 < float(target.norm()) - 0.5
 
 
 def test_the_network_example_runs_as_printed():
