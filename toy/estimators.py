@@ -231,11 +231,11 @@ def table(report: dict[str, Any]) -> str:
     tables = [markdown(header, rows)]
     for dim, found in report["estimates"].items():
         header = [f"D = {dim}, bias / noise at t =", *(f"{t:g}" for t in report["times"])]
-        cells = {"effective sample size": [f"{v:.1f}" for v in found["ess"]]}
+        by_name = {"effective sample size": [f"{v:.1f}" for v in found["ess"]]}
         for name in SHOWN:
             pairs = zip(found[name]["bias"], found[name]["noise"], strict=True)
-            cells[name] = [f"{bias:.2f} / {noise:.2f}" for bias, noise in pairs]
-        tables.append(markdown(header, [[name, *values] for name, values in cells.items()]))
+            by_name[name] = [f"{bias:.2f} / {noise:.2f}" for bias, noise in pairs]
+        tables.append(markdown(header, [[name, *values] for name, values in by_name.items()]))
     if "digits" in report:
         errors = {k: [f"{v:.2f}" for v in values] for k, values in report["digits"].items()}
         header = ["digits: relative error at t =", *(f"{t:g}" for t in report["times"])]
