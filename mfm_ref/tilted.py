@@ -61,7 +61,8 @@ def tilted_target(
         n: posterior draws per row, >= 1; >= 2 with `base`.
         base: b, `base(t, x) -> (B, *D)`, or None for the first form.
         log_scale: a constant c; e^{r−c} takes the place of e^r in w. Not to be computed from the batch.
-        eps: the noises `(n, B, *D)`; drawn where None.
+        eps: the noises `(n, B, *D)`, independent of each other: for antithetic or Sobol ones n/(n−1) is wrong, and the
+            minimiser is another. Drawn where None.
         generator: source of the noises.
 
     Returns:
@@ -107,7 +108,7 @@ def tilted_map_loss(
     """`meta_flow_map_loss` for the tilted path: half of the rows onto `tilted_target`, half for the consistency.
 
     The targets have noise, so the diagonal has no adaptive weight, and the consistency is self. Residuals are measured
-    in their natural sizes, as there.
+    in their natural sizes, as there. There are no class labels in it.
 
     Args:
         X_star: the map to train.

@@ -595,3 +595,70 @@ def test_a_reward_may_have_another_precision_than_the_map(method):
     for dtype in (torch.float64, torch.bfloat16):
         x, _ = steer(X, lambda x1, dtype=dtype: x1.sum(1).to(dtype), 4, n=3, steps=3, method=method)
         assert x.dtype == torch.float32
+
+
+# ---- starts, memory, checks on entry -------------------------------------------------------------------
+
+
+def test_starts_and_posterior_steps_are_the_callers():
+    """Given starts are what the generator would have drawn first; two steps of the exact map are one."""
+    p1 = gaussian()
+    X, reward = ExactFlowMap(p1), LinearReward(torch.ones(2, dtype=torch.float64))
+    options = {"n": 4, "steps": 3}
+    drawn, _ = steer(X, reward, 5, generator=rng(0), **options)
+    source = rng(0)
+    given, _ = steer(X, reward, 5, x0=randn_from(source, 5), generator=source, **options)
+    assert torch.equal(given, drawn)
+    twice, cost = steer(X, reward, 5, generator=rng(0), posterior_steps=2, **options)
+    assert_close(twice, drawn, 1e-9, 1 + drawn.abs())
+    assert cost.map_forward == 5 * (3 + 2 * 4 * 3)
+    with pytest.raises(ValueError, match="x0 must have shape"):
+        steer(X, reward, 5, x0=torch.zeros(4, 2, dtype=torch.float64), **options)
+
+
+def randn_from(source: torch.Generator, n: int) -> Tensor:
+    return torch.randn((n, 2), generator=source, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_rows", [1, 3, 8, 9, 17, 1000])
+def test_estimates_by_blocks_of_states_are_the_estimates(method, max_rows):
+    """n = 4 draws of 5 states: a part of one state's draws, one state, two, four, all; B = D is not special."""
+    p1, eps = random_mixture(5, 1, 0), randn(4, 5, 5, seed=1)
+    X, reward, x = (
+        ExactFlowMap(p1),
+        GaussianLikelihood(torch.ones(5, dtype=torch.float64), 1.0, 2.0),
+        randn(5, 5, seed=2),
+    )
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    whole = guidance(X, reward, t, x, 4, method, eps=eps)
+    seen = []
+
+    class Seen:
+        def __call__(self, x1):
+            seen.append(len(x1))
+            return reward(x1)
+
+    assert_close(guidance(X, Seen(), t, x, 4, method, eps=eps, max_rows=max_rows), whole, 1e-12, 1 + whole.abs())
+    assert max(seen) <= max_rows
+    assert sum(seen) == 20
+
+
+def test_what_cannot_be_right_is_refused_before_the_first_step():
+    X, reward = ExactFlowMap(gaussian()), LinearReward(torch.ones(2, dtype=torch.float64))
+    for change, message in (
+        ({"memory": 0.0}, "^memory must be positive"),
+        ({"y": torch.zeros(3, dtype=torch.long)}, r"^labels y must have shape \(5,\), got torch.Size\(\[3\]\)"),
+        ({"y": [0] * 5}, r"^labels y must have shape \(5,\)"),
+        ({"method": "dps", "rescale": True}, "^rescale must be False"),
+        ({"method": "mfm"}, '^method must be one of controlled, gradient, stein or "dps"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            steer(X, reward, 5, n=2, steps=2, **change)
+
+
+def test_coupling_is_seen_where_rows_come_one_at_a_time():
+    """A budget of one byte makes batches of one, in which a mean over the batch says nothing."""
+    X = ExactFlowMap(gaussian())
+    with pytest.raises(ValueError, match="must not depend on the other samples"):
+        steer(X, lambda x1: x1[:, 0] - x1[:, 0].mean(), 4, n=2, steps=2, memory=1.0)
