@@ -214,13 +214,16 @@ def test_survives_sigkill_at_random_moments(tmp_path):
     assert files(tmp_path / "killed") == [f"batch-{k:05d}.safetensors" for k in range(20)]
 
 
-def test_what_a_dead_process_left_half_written_is_cleared(tmp_path):
+def test_what_a_dead_process_left_half_written_is_cleared_and_a_living_one_is_left_alone(tmp_path):
     whole = run(tmp_path)
-    (tmp_path / ".77.batch-00001.safetensors").write_bytes(b"half")
-    (tmp_path / ".77.notes.txt").touch()
-    (tmp_path / "batch-mine.txt").touch()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, living = (f".{process}.batch-00001.safetensors" for process in (ended.pid, os.getppid()))
+    for name in (dead, living, f".{ended.pid}.notes.txt", "batch-mine.txt"):
+        (tmp_path / name).write_bytes(b"half")
     assert same(whole, run(tmp_path))
-    assert files(tmp_path) == [".77.notes.txt", *(f"batch-0000{k}.safetensors" for k in range(4)), "batch-mine.txt"]
+    kept = {living, f".{ended.pid}.notes.txt", *(f"batch-0000{k}.safetensors" for k in range(4)), "batch-mine.txt"}
+    assert set(files(tmp_path)) == kept
 
 
 # ---- what is refused -------------------------------------------------------------------------------------
