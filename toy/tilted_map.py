@@ -308,12 +308,14 @@ def draw(config: TiltedMapConfig, maps: dict[str, FlowMap], target: GaussianMixt
             color=COLOURS[colour],
             label=LABELS[name],
         )
-    ax.axhline(LIMIT, color=COLOURS["red"], linewidth=0.8, linestyle=":", label=f"{LIMIT}")
-    ax.set(xlabel="context time t", ylabel="posterior ratio (sliced W₂ over that of two exact sets)", ylim=(0.5, None))
+    ax.axhline(LIMIT, color=COLOURS["red"], linewidth=0.8, linestyle=":", label=f"{LIMIT}, the target")
+    ax.set(xlabel="context time t", ylim=(0.5, None))
+    ax.set_title("posterior ratio: sliced W₂ to exact samples\nover that of two exact sets", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.tick_params(labelsize=9)
+    ax.legend(frameon=False, fontsize=9)
     figure.suptitle(
-        "Posteriors of the tilted law p* ∝ p₁ eʳ given the noisy state x_t (cross): exact, and in one step of maps"
+        "Posteriors of the tilted law p* ∝ p₁ eʳ given the noisy state x_t (cross): exact, and one step of the maps"
     )
     save_figure(figure, config.out / "tilted_map.png")
 
