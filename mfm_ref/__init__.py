@@ -48,7 +48,7 @@ from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
 from mfm_ref.sampling import integrate, log_snr_grid, sample, sample_posterior, time_grid
 from mfm_ref.search import search
-from mfm_ref.steering import steer
+from mfm_ref.steering import early_draws, steer
 from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import train
 
@@ -85,6 +85,7 @@ __all__ = [
     "dps_drift",
     "drift_to_denoiser",
     "drift_to_score",
+    "early_draws",
     "eulerian_loss",
     "eulerian_target",
     "evaluations",

@@ -15,6 +15,7 @@ from mfm_ref import (
     GaussianLikelihood,
     LinearReward,
     doob_drift,
+    early_draws,
     evaluations,
     integrate,
     log_snr_grid,
@@ -662,3 +663,17 @@ def test_coupling_is_seen_where_rows_come_one_at_a_time():
     X = ExactFlowMap(gaussian())
     with pytest.raises(ValueError, match="must not depend on the other samples"):
         steer(X, lambda x1: x1[:, 0] - x1[:, 0].mean(), 4, n=2, steps=2, memory=1.0)
+
+
+def test_early_draws_have_their_mean_and_are_the_default():
+    grid = time_grid(250)[:-1]
+    for n in (4, 16, 64):
+        assert sum(early_draws(n)(t) for t in grid) == n * 250
+    assert [early_draws(1)(t) for t in (0.0, 0.59, 0.6, 0.99)] == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="n must be an integer >= 1, got 0"):
+        early_draws(0)
+    X, reward = ExactFlowMap(gaussian()), LinearReward(torch.ones(2, dtype=torch.float64))
+    default, cost = steer(X, reward, 3, steps=10, generator=rng(0))
+    chosen, _ = steer(X, reward, 3, n=lambda t: 24 if t < 0.6 else 4, steps=10, generator=rng(0))
+    assert torch.equal(default, chosen)
+    assert cost.evaluations == evaluations("controlled", 10, n=16)

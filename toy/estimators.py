@@ -21,6 +21,7 @@ from mfm_ref import (
     FlowMap,
     GaussianLikelihood,
     GaussianMixture,
+    early_draws,
     guidance,
     integrate,
     interpolate,
@@ -70,6 +71,11 @@ ESTIMATORS = {  # name: method and noise
 }
 SHOWN = {"MFM-G, Sobol": "blue", "MFM-GF, Sobol": "green", "both, Sobol (default)": "orange"}
 INDEPENDENT = ("MFM-G, independent", "both, independent")  # steered too, in two dimensions
+
+
+def early(n: int) -> str:
+    """The row of `early_draws(n)`."""
+    return f"both, Sobol, N = {early_draws(n)(0.0)} to t = 0.6, then {early_draws(n)(1.0)}"
 
 
 def problem(dim: int, device: str = "cpu") -> tuple[GaussianMixture, GaussianLikelihood]:
@@ -136,9 +142,8 @@ def steered(config: EstimatorsConfig, dim: int, seed: int) -> dict[str, dict[str
         x, _ = steer(X, reward, len(noise), n=config.n, times=grid, method=method, noise=kind, x0=noise, generator=rng)
         found[name] = judged(x)
     if dim == 2:
-        more, less = config.n * 3 // 2, max(2, config.n // 4)
-        x, _ = steer(X, reward, len(noise), n=lambda t: more if t < 0.6 else less, times=grid, x0=noise, generator=rng)
-        found[f"both, Sobol, N = {more} to t = 0.6, then {less}"] = judged(x)
+        x, _ = steer(X, reward, len(noise), n=early_draws(config.n), times=grid, x0=noise, generator=rng)
+        found[early(config.n)] = judged(x)
     return found
 
 
@@ -224,7 +229,7 @@ def table(report: dict[str, Any]) -> str:
             ratios, spreads = ([run[key] for run in runs] for key in ("ratio", "spread")) if runs else ([], [])
             cells.append(f"{sum(ratios) / len(ratios):.2f} ({max(ratios):.2f})" if runs else "")
             cells.append(f"{100 * (sum(spreads) / len(spreads) - 1):+.1f} %" if runs else "")
-        rows.append([name, *cells])
+        rows.append([name + (" (default of `steer`)" if name == early(report["config"]["n"]) else ""), *cells])
     header = [f"N = {report['config']['n']}"]
     for dim in report["steered"]:
         header += [f"D = {dim}: sliced W₂ over the floor, mean (worst)", "spread"]
