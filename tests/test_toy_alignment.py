@@ -120,7 +120,7 @@ def test_bias_and_noise_tell_an_exact_estimate_from_a_biased_one(monkeypatch):
 
 
 def test_the_committed_study_meets_its_targets():
-    """16 draws on average: three seeds within 1.25 of the floor, and the spread within 5 %; uniform ones in the mean."""
+    """16 draws on average: three seeds within 1.25 of the floor and 5 % of the spread; even draws in the mean."""
     steered = json.loads((RESULTS / "estimators.json").read_text())["steered"]["2"]
     spent, uniform = steered[estimators.early(16)], steered["both, Sobol (default)"]
     assert len(spent) == len(uniform) == 3
