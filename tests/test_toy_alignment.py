@@ -74,7 +74,7 @@ def test_orders_are_those_of_the_schemes():
 
 
 def test_the_committed_experiment_is_as_expected():
-    """What the paper's experiment should show; MFM-G at N = 128 by the ODE is at 1.24 of the floor, above its aim of 1.2.
+    """What the paper's experiment should show. MFM-G at N = 128 by the ODE is at 1.24 of the floor, not 1.2.
 
     Single sets on shared starts: that of the exact ∇V says where a method without error would be.
     """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -164,7 +165,7 @@ def floor(config: AlignmentConfig, measure: Callable[[], dict[str, float]]) -> d
 
 
 def orders(config: AlignmentConfig) -> dict[str, Any]:
-    """{dynamics: {steps, error}} with the exact drift: of the end for "ode" and "midpoint", of the covariance for "sde"."""
+    """{dynamics: {steps, error}} with the exact drift: error of the ends, or of their covariance for "sde"."""
     p1, reward = paper_mixture()
     target = p1.to(dtype=torch.float64).tilt(reward)
     fine, coarse = ([64, 128, 256, 512], [16, 32, 64, 128]) if not config.fast else ([16, 32], [8, 16])
@@ -239,14 +240,27 @@ def draw_results(config: AlignmentConfig, report: dict[str, Any]) -> None:
         ax.axhline(exact["sw2"], color="black", linewidth=0.8, label="exact ∇V")
         ax.axhspan(0, exact["floor"]["sw2"], color=COLOURS["grey"], alpha=0.2, label="two exact sets")
         ax.set(xlabel="posterior draws per step, N", ylabel="sliced W₂ to p*", title=f"{name}, {config.steps} steps")
+        plain_ticks(ax.xaxis, [1, 4, 16, 64])
+        plain_ticks(ax.yaxis, [0.2, 0.5, 1, 2, 5])
         ax.legend(fontsize=7)
     ax, by = axes[0, 2], report["orders"]
-    for dynamics, label in {"ode": "Euler", "midpoint": "midpoint", "sde": "SDE (covariance)"}.items():
-        ax.loglog(*by[dynamics].values(), "o-", label=f"{label}: slope {order(by, dynamics):.2f}")
+    schemes = (("ode", "Euler", "blue"), ("midpoint", "midpoint", "orange"), ("sde", "SDE (covariance)", "green"))
+    for dynamics, label, colour in schemes:
+        ax.loglog(
+            *by[dynamics].values(), "o-", color=COLOURS[colour], label=f"{label}: slope {order(by, dynamics):.2f}"
+        )
     ax.set(xlabel="steps", ylabel="error with the exact drift", title="Order of convergence")
+    plain_ticks(ax.xaxis, [16, 64, 256])
     ax.legend(fontsize=7)
     figure.suptitle("Steering the paper's mixture on the oracle: distance to the tilted law p* ∝ p₁ e^r")
     save_figure(figure, config.out / "alignment.png")
+
+
+def plain_ticks(axis: Any, values: list[float]) -> None:
+    """Ticks of a logarithmic axis at these values, written out."""
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def order(by: dict[str, Any], dynamics: str) -> float:

@@ -8,6 +8,7 @@ noise is measured on a trained map of real digits, where nothing is Gaussian and
 """
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -211,10 +212,11 @@ def draw_results(config: EstimatorsConfig, report: dict[str, Any]) -> None:
     for ax, (dim, found) in zip(axes[0], panels, strict=True):
         for name, colour in SHOWN.items():
             ax.semilogy(report["times"], found[name]["noise"], color=COLOURS[colour], label=f"{name}: noise")
-            ax.semilogy(report["times"], found[name]["bias"], "--", color=COLOURS[colour], label=f"{name}: bias")
+            seen = [bias or math.nan for bias in found[name]["bias"]]  # 0 where the replicates do not show any
+            ax.semilogy(report["times"], seen, "--", color=COLOURS[colour], label=f"{name}: bias")
         ax.set(xlabel="time t", ylim=(1e-3, 1e2), title=f"D = {dim}, N = {config.n}")
     axes[0, 0].set_ylabel("relative to the exact guidance (σ²/2) ∇V")
-    axes[0, -1].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, loc="lower left")
     figure.suptitle("Bias and noise of each estimator of the guidance, along the tilted path of the paper's mixture")
     save_figure(figure, config.out / "estimators.png")
 
