@@ -159,7 +159,7 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
 def check_labels(y: Tensor | None, n: int) -> None:
     """Refuse labels that are not one for each of n samples."""
     if y is not None and (not isinstance(y, Tensor) or y.shape != (n,)):
-        raise ValueError(f"labels y must have shape ({n},), got {getattr(y, 'shape', y)}")
+        raise ValueError(f"labels y must have shape ({n},), got {tuple(y.shape) if isinstance(y, Tensor) else y!r}")
 
 
 @contextmanager
