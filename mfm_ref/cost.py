@@ -42,7 +42,7 @@ class Cost:
 
 
 def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
-    """The paper's accounting (spec of its experiments), per sample: what `Cost.evaluations` counts, by formula.
+    """The paper's accounting, per sample: what `Cost.evaluations` counts, by formula.
 
     Args:
         method: "gradient" or "controlled" K + 4nK (drift; map and reward, forward and backward); "stein" K + 2nK

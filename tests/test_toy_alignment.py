@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mfm_ref import ExactFlowMap
-from mfm_ref.files import save_json
 from mfm_ref.steering import steer
 from toy import alignment, diversity, estimators
 from toy.mixture import paper_mixture
@@ -193,7 +192,3 @@ def test_steering_at_sixteen_draws_keeps_the_modes():
         truth = float(target.weights[0])
         error = math.sqrt(truth * (1 - truth) / 512)
         assert (abs(share - truth) < 4 * error) == fair
-
-
-def test_reports_are_json(tmp_path):
-    save_json(steady(diversity.main(diversity.DiversityConfig(out=tmp_path, fast=True))), tmp_path / "again.json")

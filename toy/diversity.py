@@ -140,7 +140,7 @@ def draw(config: DiversityConfig, samples: dict[str, Tensor], found: dict[str, A
     shown = [
         k for k in samples if k not in ("exact p*", "exact ∇V, SDE", "best of 4", "best of 16", "unsteered", "DPS, SDE")
     ]
-    for ax, name in zip(axes.flat, shown, strict=False):
+    for ax, name in zip(axes.flat, shown, strict=True):
         ax.scatter(*exact.T, s=2, color=COLOURS["grey"], label="exact p*")
         ax.scatter(*samples[name].cpu().T, s=2, color=COLOURS["blue"], label=name)
         weights = ", ".join(f"{w:.2f}" for w in found[name]["weights"])

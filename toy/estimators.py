@@ -216,7 +216,7 @@ def draw_results(config: EstimatorsConfig, report: dict[str, Any]) -> None:
             ax.semilogy(report["times"], seen, "--", color=COLOURS[colour], label=f"{name}: bias")
         ax.set(xlabel="time t", ylim=(1e-3, 1e2), title=f"D = {dim}, N = {config.n}")
     axes[0, 0].set_ylabel("relative to the exact guidance (σ²/2) ∇V")
-    axes[0, 0].legend(fontsize=7, loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
     figure.suptitle("Bias and noise of each estimator of the guidance, along the tilted path of the paper's mixture")
     save_figure(figure, config.out / "estimators.png")
 
