@@ -25,7 +25,7 @@ from mfm_ref.interpolant import (
     score_to_denoiser,
     score_to_drift,
 )
-from mfm_ref.metrics import coverage, mmd, sliced_wasserstein, vendi_score
+from mfm_ref.metrics import coverage, frechet_distance, mmd, sliced_wasserstein, vendi_score
 from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
 from mfm_ref.noise import posterior_noise
@@ -51,6 +51,7 @@ from mfm_ref.search import search
 from mfm_ref.steering import early_draws, steer
 from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import train
+from mfm_ref.unet import UNet
 
 __version__ = "0.4.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "RandomBatches",
     "TensorBatches",
     "TrainConfig",
+    "UNet",
     "WithProgress",
     "adaptive_weight",
     "best_of_n",
@@ -90,6 +92,7 @@ __all__ = [
     "eulerian_target",
     "evaluations",
     "finetune_loss",
+    "frechet_distance",
     "glass_drift",
     "glass_rollout",
     "gradient_guidance",

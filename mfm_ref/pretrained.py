@@ -5,6 +5,7 @@ when called with these as keyword arguments. For a network of one's own that is 
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from mfm_ref.files import atomic_folder, fill_weights, load_json, read_weights, save_json, save_weights
 from mfm_ref.networks import MLP
+from mfm_ref.unet import UNet
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -26,7 +28,11 @@ def _mlp(*, dim: int, **options: Any) -> MLP:
     return MLP(torch.zeros(dim), torch.eye(dim), **options)  # its mean and covariance come with the weights
 
 
-NETWORKS: dict[str, Maker] = {"MLP": _mlp}  # those that `from_pretrained` knows by name
+def _unet(*, shape: list[int], **options: Any) -> UNet:
+    return UNet(torch.zeros(shape), torch.eye(math.prod(shape)), **options)
+
+
+NETWORKS: dict[str, Maker] = {"MLP": _mlp, "UNet": _unet}  # those that `from_pretrained` knows by name
 
 
 def save_model(model: nn.Module, folder: Path) -> None:

@@ -20,6 +20,16 @@ def _matching(a: Tensor, x: Tensor) -> Tensor:
     return a.to(x)
 
 
+def _flattened(a: Tensor, x: Tensor) -> Tensor:
+    """States `(B, *D)` as `(B, D)`. Raises ValueError unless a, `(M, D)`, has a column for each number of a state."""
+    if x.ndim < 2 or math.prod(x.shape[1:]) != a.shape[-1]:
+        raise ValueError(
+            f"this reward needs states of dimension {a.shape[-1]}, or images of as many numbers, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x.flatten(1)
+
+
 class GaussianReward(Protocol):
     """A reward r for which e^r times a Gaussian is again a Gaussian."""
 
@@ -69,6 +79,9 @@ class LinearReward:
 class GaussianLikelihood:
     """r(x₁) = −‖y − a x₁‖²/(2σ²), the log-likelihood (up to a constant) of the inverse problem y = a x₁ + σ ξ.
 
+    A state may also be an image, or of any shape `*D` with D numbers in all: a then has a column for each of them, in
+    the order of `flatten`.
+
     Args:
         a: vector `(D,)` for one measurement, or matrix `(M, D)`.
         y: measurement: a number or `()` for a vector a, `(M,)` for a matrix.
@@ -91,8 +104,8 @@ class GaussianLikelihood:
         self.a, self.y, self.sigma = torch.atleast_2d(a), torch.atleast_1d(y), float(sigma)
 
     def __call__(self, x1: Tensor) -> Tensor:
-        """r(x₁): `(B, D) -> (B,)`."""
-        residual = self.y.to(x1) - x1 @ _matching(self.a, x1).T
+        """r(x₁): `(B, *D) -> (B,)`. Raises ValueError unless a has a column for each number of a state."""
+        residual = self.y.to(x1) - _flattened(self.a, x1) @ self.a.to(x1).T
         return -residual.square().sum(-1) / (2 * self.sigma**2)
 
     def _innovation(self, means: Tensor, covs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

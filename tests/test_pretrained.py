@@ -220,7 +220,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_networks_that_do_not_fit_are_refused(tmp_path):
     FlowMap(Tied(5)).save_pretrained(tmp_path / "tied")
-    with pytest.raises(ValueError, match=r"the network 'Tied'; known by name are \['MLP'\].*network=MyNetwork"):
+    with pytest.raises(ValueError, match=r"the network 'Tied'; known by name are \['MLP', 'UNet'\].*network=MyNetwork"):
         FlowMap.from_pretrained(tmp_path / "tied")
     mlp().save_pretrained(tmp_path / "mlp")
     with pytest.raises(ValueError, match=r"must be the arguments of MLP: .*unexpected keyword"):

@@ -1,0 +1,128 @@
+"""What training leaves and every other stage takes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mfm_ref import FlowMap
+from mfm_ref.checks import Reward
+from mfm_ref.files import fill_weights, load_json, read_weights, save_json, save_weights
+from toy.images.classifiers import (
+    Classifier,
+    Classify,
+    accuracy_of,
+    class_mixture_reward,
+    classifier_file,
+    train_classifier,
+    train_judge,
+)
+from toy.images.data import Split, load_images
+from toy.images.maps import names_of, train_all
+from toy.images.section import Section, Table
+from toy.images.settings import TrainSettings
+
+
+@dataclass
+class Rung:
+    """Data, classifiers and maps."""
+
+    data: Split
+    classifier: Classifier
+    judge: Classify  # did not see the training images
+    base: FlowMap  # trained by plain flow matching; its drift is the base drift b_t(x)
+    X: FlowMap  # the Meta Flow Map that the stages use
+    maps: dict[str, FlowMap]  # all that were trained
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The class-mixture reward."""
+        return class_mixture_reward(self.classifier)
+
+    @property
+    def classifiers(self) -> dict[str, Classify]:
+        """The one in the reward, and the judge."""
+        return {"classifier": lambda x: self.classifier(x).argmax(-1), "judge": self.judge}
+
+
+def run(config: TrainSettings) -> dict[str, Any]:
+    """The stage "train": the classifier and all maps, as far as they are not there yet."""
+    mark(config)
+    data = load_images(config.dataset, config.data or None, config.device)
+    path = classifier_file(config.out)
+    if not path.exists():
+        save_weights(train_classifier(config, data.train), path)
+    seconds = train_all(config)
+    rung = load_rung(config)
+    images = {"classifier": data.held_out, "judge": data.train if data.judge is data.held_out else data.held_out}
+    return {
+        "images": {"train": len(data.train), "judge": len(data.judge), "held_out": len(data.held_out)},
+        "weights": sum(p.numel() for p in rung.X.parameters()),
+        "accuracy": {name: accuracy_of(classify, images[name]) for name, classify in rung.classifiers.items()},
+        "map": config.map,
+        "seconds": seconds,
+    }
+
+
+def mark(config: TrainSettings) -> None:
+    """Write the settings of training into the folder. Raises ValueError where it holds maps of other settings."""
+    path, settings = config.out / "training.json", repr(training_settings(config))
+    if path.exists() and load_json(path).get("settings") != settings:
+        raise ValueError(f"{path.parent} holds maps that were trained with other settings: write elsewhere (--out)")
+    save_json({"settings": settings}, path)
+
+
+def training_settings(config: TrainSettings) -> dict[str, Any]:
+    """The settings that the trained maps depend on."""
+    names = [name for name in TrainSettings.__dataclass_fields__ if name.startswith("train_") and name != "train_maps"]
+    return {name: getattr(config, name) for name in ("dataset", "seed", "fast", *names)}
+
+
+def load_rung(config: TrainSettings) -> Rung:
+    """What `run` left in `config.out`.
+
+    Raises:
+        ValueError: nothing there, a part of it missing or damaged, maps of other settings or for other images.
+    """
+    names = names_of(config)
+    paths = [classifier_file(config.out), *(folder_of(config.out, name) for name in ("base", *names))]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"run `python -m toy.mnist train` with the same options first; missing: {', '.join(missing)}")
+    mark(config)
+    data = load_images(config.dataset, config.data or None, config.device)
+    shape = tuple(data.train.images.shape[1:])
+    classifier = Classifier(shape)
+    fill_weights(classifier, read_weights(paths[0]), paths[0])
+    maps = {name: load_map(config, name, shape) for name in ("base", *names)}
+    base = maps.pop("base")
+    classifier = classifier.to(config.device).eval().requires_grad_(False)
+    return Rung(data, classifier, train_judge(data.judge), base, maps[config.map], maps)
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Where a map is."""
+    return out / "maps" / name
+
+
+def load_map(config: TrainSettings, name: str, shape: tuple[int, ...]) -> FlowMap:
+    """One trained map, without gradients. Raises ValueError for a network of images of another shape."""
+    folder = folder_of(config.out, name)
+    X = FlowMap.from_pretrained(folder).to(config.device).eval().requires_grad_(False)
+    if X.shape != shape:
+        raise ValueError(f"{folder} must hold a map of images {shape}, as {config.dataset} has, got one of {X.shape}")
+    return X
+
+
+def section(result: dict[str, Any]) -> Section:
+    """The report's words about training."""
+    rows = [[name, f"{seconds / 60:.1f}"] for name, seconds in result["seconds"].items()]
+    images, accuracy = result["images"], result["accuracy"]
+    text = (
+        f"{images['train']} images train the maps ({result['weights'] / 1e6:.2f} M weights) and the classifier of the "
+        f"reward, which is right on {100 * accuracy['classifier']:.1f} % of {images['held_out']} held-out images. The "
+        f"judge, a support vector machine, saw {images['judge']} others, and is right on "
+        f"{100 * accuracy['judge']:.1f} % of images that it did not see. The stages below use the map "
+        f"“{result['map']}”."
+    )
+    return Section("Training", text, [Table("Minutes of training", ["network", "minutes"], rows)])
