@@ -26,6 +26,7 @@ pytest.importorskip("sklearn")
 TINY = TrainSettings(
     train_channels="8",
     train_maps="teacher,semigroup",
+    map="teacher",
     train_steps=3,
     train_batch=8,
     train_classifier_steps=20,
@@ -112,7 +113,7 @@ def test_other_settings_a_missing_part_and_a_map_of_other_images_are_refused(tra
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"train_maps": "teacher,tutor"}, "train_maps must be some of teacher, semigroup, mean_flow, got"),
+        ({"train_maps": "teacher,tutor"}, "train_maps must be some of semigroup, mean_flow, teacher, got"),
         ({"train_maps": ""}, "train_maps must be some of"),
         ({"map": "mean_flow"}, "map must be one of train_maps, teacher, semigroup, got 'mean_flow'"),
         ({"train_network": "sit"}, "train_network must be one of unet, got 'sit'"),

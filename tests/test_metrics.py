@@ -1,4 +1,4 @@
-"""Sliced W₂ and MMD against closed forms, brute force and laws known to be equal or not."""
+"""Sliced W₂, MMD and Fréchet distance against closed forms, brute force and laws known to be equal or not."""
 
 import math
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 
-from mfm_ref import mmd, sliced_wasserstein
+from mfm_ref import frechet_distance, mmd, sliced_wasserstein
 from mfm_ref.metrics import coverage, vendi_score
 from tests.helpers import LIMIT, gaussian, z_scores
 from tests.strategies import SEEDS, assert_close, randn, rng
@@ -118,10 +119,70 @@ def test_mmd_of_two_gaussians_is_the_closed_form():
     assert abs(z_scores(torch.stack([mmd(a, b, bandwidths=(3 * h,)) for a, b in sets]), expected)) > LIMIT
 
 
+# ---- Fréchet distance ----------------------------------------------------------------------------------
+
+
+def with_moments(n, mean, root, seed):
+    """n vectors whose sample mean is `mean` and whose sample covariance is root rootᵀ, to rounding."""
+    x = randn(n, len(mean), seed=seed)
+    white = torch.linalg.qr(x - x.mean(0)).Q * (n - 1) ** 0.5
+    return mean + white @ root.T
+
+
+@given(st.integers(1, 5), st.integers(0, 20), SEEDS)
+def test_frechet_distance_of_commuting_covariances_is_in_closed_form(dim, more, seed):
+    """Common axes: |μ − ν|² + Σ (σ_i − τ_i)², for sets of different size; some deviations are 0."""
+    basis = torch.linalg.qr(randn(dim, dim, seed=seed)).Q
+    means, stds = randn(2, dim, seed=seed + 1), randn(2, dim, seed=seed + 2).clamp_min(0)
+    x, y = (with_moments(dim + 2 + k * more, means[k], basis * stds[k] @ basis.T, seed=seed + 3 + k) for k in range(2))
+    expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
+    assert_close(frechet_distance(x, y), expected, 1e-9)
+
+
+@given(st.integers(2, 6), SEEDS)
+def test_frechet_distance_is_that_of_scipys_matrix_root(dim, seed):
+    """‖μ − ν‖² + tr(A + B − 2 (AB)^½) by NumPy and SciPy, for covariances that do not commute."""
+    x = randn(30, dim, seed=seed) @ randn(dim, dim, seed=seed + 1)
+    y = randn(20, dim, seed=seed + 2) @ randn(dim, dim, seed=seed + 3) + 1
+    a, b = (np.cov(samples.numpy(), rowvar=False) for samples in (x, y))
+    apart = ((x.mean(0) - y.mean(0)) ** 2).sum().item()
+    expected = apart + np.trace(a) + np.trace(b) - 2 * np.trace(sqrtm(a @ b)).real
+    assert float(frechet_distance(x, y)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert_close(frechet_distance(y, x), frechet_distance(x, y), 1e-9, scale=1 + abs(expected))
+
+
+@given(st.integers(2, 8), st.integers(2, 8), SEEDS)
+def test_frechet_distance_needs_no_full_rank(n, m, seed):
+    """Zero for equal sets, |c|² for a shift, and unchanged by a rotation into 12 dimensions; n < D, too."""
+    x, y, shift = randn(n, 5, seed=seed), randn(m, 5, seed=seed + 1), randn(5, seed=seed + 2)
+    shuffled = x[torch.randperm(n, generator=rng(seed))]
+    assert_close(frechet_distance(x, shuffled), torch.zeros((), dtype=torch.float64), 1e-12)
+    assert_close(frechet_distance(x, shuffled + shift), shift.square().sum(), 1e-11)
+    distance = frechet_distance(x, y)
+    assert_close(frechet_distance(x + shift, y + shift), distance, 1e-11)
+    turned = torch.linalg.qr(randn(12, 12, seed=seed + 3)).Q[:5]
+    assert_close(frechet_distance(x @ turned, y @ turned), distance, 1e-11)
+    assert_close(frechet_distance((x @ turned).view(n, 3, 4), (y @ turned).view(m, 3, 4)), distance, 1e-11)
+    assert_close(frechet_distance(3 * x, 3 * y), 9 * distance, 1e-10)
+
+
+def test_frechet_distance_in_float32_is_made_in_double_precision():
+    """Far from the origin, where means and squares in single precision would have no digit left."""
+    x, y = 1000 + randn(200, 4, seed=0).float(), 1001 + randn(200, 4, seed=1).float()
+    assert frechet_distance(x, y).dtype == torch.float32
+    assert_close(frechet_distance(x, y), frechet_distance(x.double(), y.double()).float(), 1e-6)
+    assert float(frechet_distance(x, y)) == pytest.approx(4, rel=0.2)
+
+
+def test_frechet_distance_refuses_single_samples():
+    with pytest.raises(ValueError, match="at least two samples of each set, got 4 and 1"):
+        frechet_distance(torch.zeros(4, 2), torch.zeros(1, 2))
+
+
 # ---- refusals and precision ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", [sliced_wasserstein, mmd])
+@pytest.mark.parametrize("metric", [sliced_wasserstein, mmd, frechet_distance])
 @pytest.mark.parametrize(
     ("x", "y", "match"),
     [

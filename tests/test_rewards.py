@@ -106,3 +106,36 @@ def test_rewards_follow_the_dtype_of_the_state():
     for reward in (LinearReward(a), GaussianLikelihood(a, 0.5, 1.0)):
         assert reward(torch.ones(2, 3)).dtype == torch.float32
         assert reward(torch.ones(2, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+SHAPES = [(6,), (1, 2, 3), (3, 2), (6, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 2, 6])  # 6: as many images as numbers in one
+def test_likelihood_of_images_is_that_of_flat_states(shape, batch):
+    a, y, x = randn(4, 6, seed=0), randn(4, seed=1), randn(batch, 6, seed=2)
+    for reward in (GaussianLikelihood(a, y, 0.3), GaussianLikelihood(a[0], y[0], 0.3)):
+        assert torch.equal(reward(x.reshape(batch, *shape)), reward(x))
+        images = x.reshape(batch, *shape).requires_grad_()
+        slope = torch.autograd.grad(reward(images).sum(), images)[0]
+        expected = (reward.y - x @ reward.a.T) @ reward.a / 0.3**2
+        assert_close(slope.flatten(1), expected, EXACT, 1 + expected.abs())
+
+
+def test_tilt_of_a_gaussian_of_images():
+    # At any image, log p* − log p₁ − r is one number, −log Z, for the closed-form tilt p* of flattened images.
+    p1 = random_mixture(6, 1, seed=0)
+    reward = GaussianLikelihood(randn(4, 6, seed=1), randn(4, seed=2), 0.5)
+    images = p1.sample(20, generator=torch.Generator().manual_seed(3)).reshape(20, 1, 2, 3)
+    flat = images.flatten(1)
+    constant = p1.tilt(reward).log_prob(flat) - p1.log_prob(flat) - reward(images)
+    assert_close(constant, -reward.log_partition(p1.means[0], p1.covs[0]).expand(20), EXACT, 1 + reward(images).abs())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (2, 5), (6,), (2, 3, 6), (0, 5)])
+def test_likelihood_refuses_states_of_another_size(shape):
+    reward = GaussianLikelihood(randn(4, 6, seed=0), randn(4, seed=1), 0.5)
+    message = rf"dimension 6, or images of as many numbers, got shape \({', '.join(map(str, shape))},?\)"
+    with pytest.raises(ValueError, match=message):
+        reward(torch.ones(shape))

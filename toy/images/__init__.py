@@ -1,1 +1,1 @@
-"""The image rungs: one module for each stage, on scikit-learn's digits, MNIST or Fashion-MNIST (`python -m toy.mnist`)."""
+"""The image rungs, one module for each stage: scikit-learn's digits, MNIST, Fashion-MNIST (`python -m toy.mnist`)."""

@@ -1,22 +1,20 @@
 """The classifier in the reward, the judge that is not, and what they say of samples."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfm_ref import RandomBatches, TrainConfig, train
 from mfm_ref.checks import Reward
-from toy.common import generator, resumable, stream_of
+from toy.common import generator, stream_of
+from toy.digits import CLASS_WEIGHTS, Classify, class_mixture_reward, count_classes
 from toy.images.data import Images
 from toy.images.settings import TrainSettings
 
-CLASS_WEIGHTS = torch.tensor([0, 1, 0, 1, 0, 2, 0, 2, 0, 4], dtype=torch.float64) / 10
-CLASSES = len(CLASS_WEIGHTS)
+__all__ = ["CLASS_WEIGHTS", "Classify", "class_mixture_reward", "count_classes"]
 
-Classify = Callable[[Tensor], Tensor]  # images (B, 1, H, W) -> classes (B,)
+CLASSES = len(CLASS_WEIGHTS)
 
 
 class Classifier(nn.Module):
@@ -53,7 +51,7 @@ def train_classifier(config: TrainSettings, data: Images) -> Classifier:
 
     model = Classifier(tuple(data.images.shape[1:])).to(config.device)
     settings = TrainConfig(steps=config.train_classifier_steps, seed=stream_of(config, 10))
-    return train(model, loss, batches, settings, progress="train the classifier", **resumable(config, "classifier"))[0]
+    return train(model, loss, batches, settings, progress="train the classifier")[0]
 
 
 def train_judge(data: Images) -> Classify:
@@ -76,29 +74,9 @@ def accuracy_of(classify: Classify, data: Images) -> float:
     return float(torch.cat(right).float().mean())
 
 
-def class_mixture_reward(classifier: nn.Module) -> Reward:
-    """r(x) = log Σ_i w_i p(y_i|x): p* ∝ p₁ e^r has class frequencies near w, if p₁ has all classes equally often."""
-    log_weights = CLASS_WEIGHTS.log()  # −∞ for classes that are not wanted
-    wanted = CLASS_WEIGHTS > 0
-    return lambda x: torch.logsumexp(classifier(x)[:, wanted] + log_weights[wanted].to(x), -1)
-
-
 def frequencies_of(classes: Tensor) -> Tensor:
     """Frequencies of the ten classes, `(10,)` float64."""
     return torch.bincount(classes.cpu(), minlength=CLASSES).double() / len(classes)
-
-
-def count_classes(x: Tensor, classifiers: dict[str, Classify]) -> dict[str, Any]:
-    """Class frequencies as each classifier sees them, their L₂ distance to w, and how often all agree."""
-    seen = {name: classify(x).cpu() for name, classify in classifiers.items()}
-    result: dict[str, Any] = {}
-    for name, classes in seen.items():
-        frequencies = frequencies_of(classes)
-        result[name] = {"l2": float((frequencies - CLASS_WEIGHTS).norm()), "frequencies": frequencies.tolist()}
-    first, *others = seen.values()
-    agree = torch.stack([first == other for other in others]).all(0) if others else torch.ones(len(x))
-    result["agreement"] = float(agree.float().mean())
-    return result
 
 
 @torch.no_grad()

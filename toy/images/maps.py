@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mfm_ref import FlowMap, RandomBatches, TrainConfig, UNet, meta_flow_map_loss, no_context, train
 from mfm_ref.files import load_json, save_json
-from toy.common import generator, resumable, stream_of
+from toy.common import generator, stream_of
 from toy.images.data import Images, load_images
-from toy.images.settings import TrainSettings
+from toy.images.settings import TrainSettings, training_settings
 
 COSTS = {"base": 1.0, "teacher": 2.0, "semigroup": 4 / 3, "mean_flow": 4 / 3}  # of a step, in steps of flow matching
 BASE_SHARE = 0.4
@@ -35,10 +35,15 @@ def steps_of(config: TrainSettings, name: str) -> int:
     return max(1, round(config.train_steps * share * COSTS["semigroup"] / COSTS[name]))
 
 
+def kept_in(config: TrainSettings, name: str) -> dict[str, Any]:
+    """Options of `mfm_ref.train`, by which a killed training goes on from `out/checkpoints`."""
+    return {"folder": config.out / "checkpoints" / name, "tag": repr(training_settings(config))}
+
+
 def names_of(config: TrainSettings) -> list[str]:
     """The maps to train. Raises ValueError for one that is not known, or where `map` is not among them."""
     names = [name.strip() for name in config.train_maps.split(",") if name.strip()]
-    known = ("teacher", "semigroup", "mean_flow")
+    known = ("semigroup", "mean_flow", "teacher")
     if not names or any(name not in known for name in names):
         raise ValueError(f"train_maps must be some of {', '.join(known)}, got {config.train_maps!r}")
     if config.map not in names:
@@ -89,7 +94,7 @@ def train_map(config: TrainSettings, data: Images, name: str, base: FlowMap | No
     settings = TrainConfig(
         steps=steps_of(config, name), lr=config.train_lr, decay=config.train_decay, seed=stream_of(config, stage)
     )
-    return train(X, loss, batches, settings, progress=f"train {name}", **resumable(config, name))[0]
+    return train(X, loss, batches, settings, progress=f"train {name}", **kept_in(config, name))[0]
 
 
 def train_all(config: TrainSettings) -> dict[str, float]:

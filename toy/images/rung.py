@@ -20,7 +20,7 @@ from toy.images.classifiers import (
 from toy.images.data import Split, load_images
 from toy.images.maps import names_of, train_all
 from toy.images.section import Section, Table
-from toy.images.settings import TrainSettings
+from toy.images.settings import TrainSettings, training_settings
 
 
 @dataclass
@@ -70,12 +70,6 @@ def mark(config: TrainSettings) -> None:
     if path.exists() and load_json(path).get("settings") != settings:
         raise ValueError(f"{path.parent} holds maps that were trained with other settings: write elsewhere (--out)")
     save_json({"settings": settings}, path)
-
-
-def training_settings(config: TrainSettings) -> dict[str, Any]:
-    """The settings that the trained maps depend on."""
-    names = [name for name in TrainSettings.__dataclass_fields__ if name.startswith("train_") and name != "train_maps"]
-    return {name: getattr(config, name) for name in ("dataset", "seed", "fast", *names)}
 
 
 def load_rung(config: TrainSettings) -> Rung:

@@ -12,14 +12,14 @@ class DataSettings(ToyConfig):
 
     dataset: str = option("digits", "digits, mnist or fashion")
     data: str = option("", "folder of the idx files; mnist and fashion need it")
-    map: str = option("teacher", "the map that is sampled, steered and fine-tuned: one of those that train_maps has")
+    map: str = option("semigroup", "the map that is sampled, steered and fine-tuned: one of those that train_maps has")
 
 
 @dataclass(frozen=True)
 class TrainSettings(DataSettings):
     """Training: the network, and equal processor time for each map."""
 
-    train_maps: str = option("teacher,semigroup,mean_flow", "maps to train: teacher, semigroup, mean_flow")
+    train_maps: str = option("semigroup,mean_flow,teacher", "maps to train: semigroup, mean_flow, teacher")
     train_network: str = option("unet", "network of the maps: unet")
     train_channels: str = option("16,32", "channels of the U-Net's levels")
     train_blocks: int = option(1, "residual blocks of a level")
@@ -32,12 +32,18 @@ class TrainSettings(DataSettings):
     train_classifier_noise: float = option(0.5, "greatest noise on the classifier's images")
 
 
+def training_settings(config: TrainSettings) -> dict[str, Any]:
+    """The settings that the weights of a trained map depend on."""
+    names = [name for name in TrainSettings.__dataclass_fields__ if name.startswith("train_") and name != "train_maps"]
+    return {name: getattr(config, name) for name in ("dataset", "seed", "fast", *names)}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "train_channels": "8,16", "train_steps": 20, "train_batch": 32, "train_classifier_steps": 100,
     },
     "mnist": {
-        "train_maps": "teacher,semigroup", "train_channels": "32,64", "train_patch": 2, "train_steps": 8000,
+        "train_maps": "semigroup,teacher", "train_channels": "32,64", "train_patch": 2, "train_steps": 8000,
         "train_batch": 64, "train_lr": 1e-3,
     },
     "full": {

@@ -1,0 +1,508 @@
+"""Steer to a mixture of classes: MFM-G and MFM-GF at every N beside DPS, Search, Best-of-N and SMC.
+
+The reward is r(x) = log Σ_i w_i p(y_i|x). What each method returns is counted by the classifier that the reward knows
+and by the judge that it does not. Writes steering.png and steering_samples.png.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mfm_ref import (
+    Cost,
+    FlowMap,
+    best_of_n,
+    collect,
+    integrate,
+    search,
+    smc,
+    steer,
+    time_grid,
+    vendi_score,
+)
+from mfm_ref.baselines import effective_share, systematic
+from mfm_ref.checks import Reward
+from mfm_ref.collect import Draw
+from mfm_ref.cost import counting
+from mfm_ref.figures import COLOURS, new_figure, save_figure
+from mfm_ref.flow_map import unconditional_drift
+from mfm_ref.sampling import noise_like
+from toy.alignment import plain_ticks
+from toy.common import ToyConfig, generator, option, stream_of
+from toy.images.classifiers import CLASS_WEIGHTS, Classify, count_classes, frequencies_of, tilted_frequencies
+from toy.images.data import Images
+from toy.images.rung import Rung
+from toy.images.section import Section, Table, mosaic
+
+CONTROLLED = (4, 16)  # N of the estimator that uses both, an aside here
+BEST_OF = (4, 16)
+FAVOURITE = 9  # the class of the largest weight, whose images the diversity is measured on
+ROWS = 1024  # images in one call of a network
+MEMORY = 1e9  # bytes that the graphs of a step may take
+CURVES = {"gradient": ("MFM-G", "blue"), "stein": ("MFM-GF", "green"), "controlled": ("both", "orange")}
+REWEIGHTED = 5000  # training images at most that stand for p₁: the judge is slow
+SHOWN = 64  # images of each method in a picture
+EXPECTED = {"samples": 4096, "largest": 32, "steps": 50, "l2": 0.05}  # a full run, and what MFM-G is to reach in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ToyConfig):
+    """Of the stage; the defaults take about 25 minutes of one core on digits."""
+
+    steer_samples: int = option(4096, "without steering, by DPS, and by MFM-G at the largest N")
+    steer_few: int = option(768, "by every other method but SMC")
+    steer_batch: int = option(256, "samples drawn at once and then kept on the disk")
+    steer_steps: int = option(50, "of each ODE, of Best-of-N and of SMC")
+    steer_largest: int = option(32, "largest number N of posterior draws per step; the others halve it down to 1")
+    steer_search_particles: int = option(4, "of each search")
+    steer_search_draws: int = option(16, "of each particle of a search, in each step")
+    steer_search_steps: int = option(16, "of each search")
+    steer_smc_particles: int = option(64, "of one population of SMC")
+    steer_smc_seeds: int = option(20, "populations of SMC")
+    steer_vendi: int = option(100, "images of class 9 whose diversity is measured")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "steer_samples": 64, "steer_few": 32, "steer_batch": 32, "steer_steps": 4, "steer_largest": 2,
+        "steer_search_particles": 2, "steer_search_draws": 2, "steer_search_steps": 3, "steer_smc_particles": 16,
+        "steer_smc_seeds": 2, "steer_vendi": 3,
+    },
+    "mnist": {
+        "steer_samples": 512, "steer_few": 256, "steer_batch": 64, "steer_steps": 25, "steer_largest": 16,
+        "steer_vendi": 50,
+    },
+    "full": {"steer_batch": 1024},
+}  # fmt: skip
+
+
+# ---- the methods ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to get samples, each with its cost."""
+
+    name: str  # of the folder that keeps them
+    label: str
+    kind: str
+    n: int  # posterior draws per step, or candidates; 0 where there are none
+    samples: int
+    batch: int
+    draw: Draw
+
+
+def methods_of(config: Settings, rung: Rung) -> list[Method]:
+    """All of them. Those along an ODE start from the same noises."""
+    X, reward, steps = rung.X, rung.reward, config.steer_steps
+    all_of_them, few = config.steer_samples, min(config.steer_few, config.steer_samples)
+    x0 = noise_like(X, all_of_them, generator=generator(config, 30))
+    counts = [2**k for k in range(int(math.log2(config.steer_largest)) + 1)]
+    m, p = config.steer_search_particles, config.steer_smc_particles
+
+    def along(kind: str, n: int) -> Draw:
+        return lambda rows, rng: steer(
+            X, reward, len(rows), n=n, steps=steps, method=kind, x0=x0[rows.start : rows.stop], memory=MEMORY,
+            generator=rng,
+        )  # fmt: skip
+
+    def method(label: str, kind: str, n: int, draw: Draw, samples: int = few, batch: int = 0) -> Method:
+        return Method(f"{kind}-{n}", label, kind, n, samples, batch or config.steer_batch, draw)
+
+    def best(n: int) -> Draw:
+        return lambda rows, rng: best_of_n(X, reward, len(rows), n, steps=steps, max_rows=ROWS, generator=rng)
+
+    def gradient(n: int) -> Method:
+        return method(f"MFM-G, N = {n}", "gradient", n, along("gradient", n), all_of_them if n == counts[-1] else few)
+
+    return [
+        method("unsteered", "unsteered", 0, unsteered(X, reward, x0, steps), all_of_them),
+        method("DPS", "dps", 0, along("dps", 1), all_of_them),
+        *map(gradient, counts),
+        *(method(f"MFM-GF, N = {n}", "stein", n, along("stein", n)) for n in counts),
+        *(method(f"both, N = {n}", "controlled", n, along("controlled", n)) for n in CONTROLLED if n in counts),
+        method(f"Search, {m} × {config.steer_search_draws}", "search", m, searched(config, X, reward)),
+        *(method(f"best of {n}", "best", n, best(n)) for n in BEST_OF),
+        method(f"SMC, {p} particles", "smc", p, population(X, reward, steps), p * config.steer_smc_seeds, p),
+    ]
+
+
+def unsteered(X: FlowMap, reward: Reward, x0: Tensor, steps: int) -> Draw:
+    """Samples of p₁ along the ODE of b_t (E2), read off the diagonal of the map."""
+
+    def draw(rows: range, rng: torch.Generator) -> tuple[Tensor, Cost]:
+        with torch.no_grad(), counting(X, reward, len(rows)) as (counted, _, cost):
+            start = x0[rows.start : rows.stop]
+            x = integrate(lambda t, x: unconditional_drift(counted, t, x), start, time_grid(steps))
+        return x, cost
+
+    return draw
+
+
+def searched(config: Settings, X: FlowMap, reward: Reward) -> Draw:
+    """MFM-Search (E21)."""
+    return lambda rows, rng: search(
+        X, reward, len(rows), particles=config.steer_search_particles, n=config.steer_search_draws,
+        steps=config.steer_search_steps, max_rows=ROWS, generator=rng,
+    )  # fmt: skip
+
+
+def population(X: FlowMap, reward: Reward, steps: int) -> Draw:
+    """One population of SMC."""
+
+    def draw(rows: range, rng: torch.Generator) -> tuple[Tensor, Cost]:
+        particles, cost = smc(X, reward, len(rows), steps=steps, max_rows=ROWS, generator=rng)
+        return particles.samples, cost
+
+    return draw
+
+
+def drawn(config: ToyConfig, stage: int, method: Method, tag: str) -> tuple[Tensor, Cost]:
+    """The samples of a method, on the device; batches that an earlier run left in `out/checkpoints` are read."""
+    x, cost = collect(
+        method.draw,
+        method.samples,
+        min(method.batch, method.samples),
+        folder=config.out / "checkpoints" / "samples" / f"{stage}-{method.name}",
+        seed=stream_of(config, stage),
+        tag=tag,
+        device=config.device,
+        progress=f"draw: {method.label}",
+    )
+    return x.to(config.device), cost
+
+
+def tag_of(config: ToyConfig, kind: type[ToyConfig], *networks: nn.Module) -> str:
+    """What samples depend on: the settings of a stage and the weights of its networks."""
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in ("out", "threads")]
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, weights in network.state_dict().items():
+            content = weights.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + content.numpy().tobytes())
+    return f"{ {name: getattr(config, name) for name in names} } {digest.hexdigest()}"
+
+
+# ---- what they are worth -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_rows(function: Any, x: Tensor) -> Tensor:
+    """A function of images `(B, …)`, a part of them at a time."""
+    return torch.cat([function(part) for part in x.split(ROWS)])
+
+
+def judged(rung: Rung, x: Tensor, reward: Reward) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Classes, their distance to w, agreement of both classifiers, mean reward; and the classes `(B,)` by both."""
+    seen = {name: by_rows(classify, x) for name, classify in rung.classifiers.items()}
+
+    def found(name: str) -> Classify:
+        return lambda _: seen[name]
+
+    facts = count_classes(x, {name: found(name) for name in seen})
+    return {"samples": len(x), **facts, "reward": float(by_rows(reward, x).mean())}, seen
+
+
+def row_of(config: Settings, rung: Rung, method: Method, x: Tensor, cost: Cost, bandwidth: float) -> dict[str, Any]:
+    """All that the report says of one method."""
+    facts, seen = judged(rung, x, rung.reward)
+    sure = (seen["classifier"] == FAVOURITE) & (seen["judge"] == FAVOURITE)
+    size = config.steer_smc_particles if method.kind == "smc" else min(config.steer_few, config.steer_samples)
+    return {
+        "label": method.label,
+        "kind": method.kind,
+        "n": method.n,
+        **facts,
+        "floor": floor(len(x)),
+        "part": size,
+        "l2_of_parts": {name: l2_of_parts(classes, size) for name, classes in seen.items()},
+        "vendi": diversity(x[sure], config.steer_vendi, bandwidth),
+        "evaluations": cost.evaluations,
+        "seconds": cost.seconds,
+    }
+
+
+def l2_of_parts(classes: Tensor, size: int) -> float:
+    """The mean L₂ to w of the sets of `size` that classes `(B,)` are cut into: methods with more samples compare so."""
+    parts = [part for part in classes.split(size) if len(part) == size]
+    return float(np.mean([float((frequencies_of(part) - CLASS_WEIGHTS).norm()) for part in parts]))
+
+
+def floor(n: int) -> float:
+    """The root mean square of the L₂ distance to w of n true draws: √((1 − Σw²)/n)."""
+    return math.sqrt((1 - float(CLASS_WEIGHTS.square().sum())) / n)
+
+
+def diversity(x: Tensor, n: int, bandwidth: float) -> float | None:
+    """Vendi score of the first n images, None where there are fewer: scores compare for one n."""
+    return float(vendi_score(x[:n], bandwidth=bandwidth)) if len(x) >= n else None
+
+
+def real_nines(config: Settings, rung: Rung) -> Tensor:
+    """Training images of class 9 as p₁ has them, with the noise; as many as the diversity is measured on."""
+    data = rung.data.train
+    return data.blur(data.images[data.classes == FAVOURITE][: config.steer_vendi], generator(config, 32))
+
+
+def bandwidth_of(x: Tensor) -> float:
+    """Half the median distance of two images: two that are so typical have a kernel of e⁻² = 0.14."""
+    return float(torch.pdist(x.flatten(1)).median()) / 2 if len(x) > 1 else 1.0
+
+
+def reweighted(config: Settings, rung: Rung, nines: Tensor, bandwidth: float) -> dict[str, Any]:
+    """p* ∝ p₁ e^r from the training images: resampled by e^r, and seen by both classifiers."""
+    data = Images(rung.data.train.images[:REWEIGHTED], rung.data.train.classes[:REWEIGHTED])
+    r = by_rows(rung.reward, data.images)
+    facts, _ = judged(rung, data.images[systematic(r, generator=generator(config, 33))], rung.reward)
+    true = tilted_frequencies(data, rung.reward)
+    return {
+        **facts,
+        "true": {"frequencies": true, "l2": float((torch.tensor(true, dtype=torch.float64) - CLASS_WEIGHTS).norm())},
+        "ess": effective_share(r.double()),
+        "agreement_unweighted": judged(rung, data.images, rung.reward)[0]["agreement"],
+        "vendi": diversity(nines, config.steer_vendi, bandwidth),
+    }
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+def run(config: Settings, rung: Rung) -> dict[str, Any]:
+    """Every method; what it drew before it was interrupted is read, not drawn again."""
+    nines = real_nines(config, rung)
+    bandwidth = bandwidth_of(nines)
+    tag = tag_of(config, Settings, rung.X, rung.classifier)
+    rows: dict[str, Any] = {}
+    shown: dict[str, Tensor] = {}
+    for method in methods_of(config, rung):
+        x, cost = drawn(config, 31, method, tag)
+        rows[method.name] = row_of(config, rung, method, x, cost, bandwidth)
+        shown[method.name] = x[:SHOWN].cpu()
+    result = {
+        "target": CLASS_WEIGHTS.tolist(),
+        "samples": config.steer_samples,
+        "few": min(config.steer_few, config.steer_samples),
+        "steps": config.steer_steps,
+        "vendi_of": config.steer_vendi,
+        "bandwidth": bandwidth,
+        "reweighted": reweighted(config, rung, nines, bandwidth),
+        "methods": rows,
+    }
+    draw_steering(config, result)
+    draw_samples(config, result, shown)
+    return result
+
+
+def largest_of(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The row of a kind of the largest N."""
+    return max((row for row in result["methods"].values() if row["kind"] == kind), key=lambda row: row["n"])
+
+
+def draw_steering(config: Settings, result: dict[str, Any]) -> None:
+    """Class frequencies, by the judge, of a few methods against w; and L₂ to w against N."""
+    figure, axes = new_figure(1, 2, size=(6.0, 3.9))
+    bars, curves = axes[0]
+    kinds = {"unsteered": "grey", "dps": "red", "gradient": "blue", "stein": "green", "best": "orange"}
+    classes = np.arange(len(result["target"]))
+    bars.bar(classes, result["target"], width=0.95, color="black", alpha=0.15, label="target w")
+    for k, (kind, colour) in enumerate(kinds.items()):
+        row = largest_of(result, kind)
+        heights, place = row["judge"]["frequencies"], classes + 0.17 * (k - 2)
+        bars.bar(place, heights, width=0.16, color=COLOURS[colour], label=row["label"])
+    bars.set(xticks=classes, xlabel="class, as the judge sees it", ylabel="frequency", title="Class frequencies")
+    bars.legend(loc="upper left", fontsize=7)
+    draw_curves(curves, result)
+    figure.suptitle(f"Steered to the classes 1, 3, 5, 7, 9 with weights 1 : 1 : 2 : 2 : 4, {result['steps']} steps")
+    save_figure(figure, config.out / "steering.png")
+
+
+def draw_curves(ax: Any, result: dict[str, Any]) -> None:
+    """L₂ to w of sets of one size against N: solid by the classifier, dashed by the judge."""
+    rows, lowest = list(result["methods"].values()), floor(result["few"])
+    highest = max(row["l2_of_parts"][name] for row in rows for name in row["l2_of_parts"])
+    counts: set[float] = set()
+    for name, style in {"classifier": "-", "judge": "--"}.items():
+        for kind, (label, colour) in CURVES.items():
+            points = {row["n"]: max(row["l2_of_parts"][name], 1e-3) for row in rows if row["kind"] == kind}
+            if points:
+                mark = {"label": label} if name == "classifier" else {}
+                ax.loglog(*zip(*points.items(), strict=True), f"o{style}", color=COLOURS[colour], markersize=4, **mark)
+                counts, lowest = counts | set(points), min(lowest, *points.values())
+        for kind, colour in (("dps", COLOURS["red"]), ("best", COLOURS["grey"]), ("search", "black")):
+            row = largest_of(result, kind)
+            mark = {"label": row["label"]} if name == "classifier" else {}
+            ax.axhline(max(row["l2_of_parts"][name], 1e-3), color=colour, linestyle=style, linewidth=0.9, **mark)
+    ax.axhspan(1e-9, floor(result["few"]), color=COLOURS["grey"], alpha=0.2, label=f"{result['few']} true draws of w")
+    ax.set_ylim(lowest / 2, 4 * highest)  # room for the legend
+    ax.set(xlabel="posterior draws per step, N", ylabel="L₂ to w", title="By the classifier (solid) and by the judge")
+    plain_ticks(ax.xaxis, sorted(counts))
+    plain_ticks(ax.yaxis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+    ax.legend(fontsize=7, ncols=2, loc="upper center")
+
+
+def draw_samples(config: Settings, result: dict[str, Any], shown: dict[str, Tensor]) -> None:
+    """Samples of seven methods; the population of SMC is one, whose particles may be kin."""
+    sizes = [row["n"] for row in result["methods"].values() if row["kind"] == "stein"]
+    names = ["unsteered-0", "dps-0", f"stein-{min(16, max(sizes))}", f"gradient-{max(sizes)}"]
+    names += [next(name for name in shown if name.startswith("search")), f"best-{BEST_OF[-1]}"]
+    names += [next(name for name in shown if name.startswith("smc"))]
+    rows = result["methods"]
+    panels = {name: f"{rows[name]['label']}\nL₂ to w by the judge: {rows[name]['judge']['l2']:.2f}" for name in names}
+    last = rows[names[-1]]
+    panels[names[-1]] = f"{last['label']}, one population\nmean L₂ by the judge: {last['l2_of_parts']['judge']:.2f}"
+    images = {panels[name]: shown[name][: rows[name]["part"]] for name in names}
+    draw_grids(config, "steering_samples.png", images, "Samples of the methods")
+
+
+def draw_grids(config: ToyConfig, file: str, images: dict[str, Tensor], title: str) -> None:
+    """Grids of at most 64 images `(B, 1, H, W)` each, four in a row, under their titles."""
+    columns = min(4, len(images))
+    figure, axes = new_figure(-(-len(images) // columns), columns, size=(2.5, 2.9))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, (name, x) in zip(axes.flat, images.items(), strict=False):
+        ax.imshow(grid_of(x), cmap="gray", vmin=-1, vmax=1)
+        ax.set_title(name)
+    figure.suptitle(title)
+    save_figure(figure, config.out / file)
+
+
+def grid_of(x: Tensor) -> np.ndarray:
+    """The largest square of images that there are enough for, at most 64."""
+    side = math.isqrt(min(len(x), SHOWN))
+    return mosaic(x[: side**2].unflatten(0, (side, side)))
+
+
+# ---- the report ----------------------------------------------------------------------------------------
+
+
+def section(result: dict[str, Any]) -> Section:
+    """The report's words about steering."""
+    rows = result["methods"]
+    tables = [
+        Table(
+            "Class mixture: what each method returns", HEADER, [cells(row) for row in rows.values()] + [target(result)]
+        ),
+        Table(
+            "Class frequencies, as the judge sees them",
+            ["method", *map(str, range(len(result["target"])))],
+            [
+                ["target w", *shares(result["target"])],
+                ["p*, training images, true classes", *shares(result["reweighted"]["true"]["frequencies"])],
+                *([row["label"], *shares(row["judge"]["frequencies"])] for row in rows.values()),
+            ],
+        ),
+    ]
+    pictures = [
+        ("steering.png", f"Class frequencies, and L₂ to w of sets of {result['few']} samples against N"),
+        ("steering_samples.png", "Samples of each method, as they come"),
+    ]
+    return Section("Steering to a mixture of classes", words(result), tables, pictures)
+
+
+HEADER = [
+    "method", "samples", "L₂, classifier", "L₂, judge", "L₂ of true draws", "agreement", "mean reward", "Vendi score",
+    "evaluations", "seconds",
+]  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the first table."""
+    label = row["label"]
+    if row["kind"] == "smc":
+        label += f" (one population: L₂ {row['l2_of_parts']['classifier']:.3f}, {row['l2_of_parts']['judge']:.3f})"
+    return [
+        label,
+        str(row["samples"]),
+        *(f"{row[name]['l2']:.3f}" for name in ("classifier", "judge")),
+        f"{row['floor']:.3f}",
+        f"{100 * row['agreement']:.1f} %",
+        f"{row['reward']:.2f}",
+        number(row["vendi"]),
+        f"{row['evaluations']:.0f}",
+        f"{row['seconds']:.0f}",
+    ]
+
+
+def target(result: dict[str, Any]) -> list[str]:
+    """The row of p*, from the training images."""
+    found = result["reweighted"]
+    judged = (f"{found[name]['l2']:.3f}" for name in ("classifier", "judge"))
+    agreement = f"{100 * found['agreement']:.1f} %"
+    return ["p*, training images", "", *judged, "", agreement, f"{found['reward']:.2f}", number(found["vendi"]), "", ""]
+
+
+def number(value: float | None) -> str:
+    """A score, or a dash where there were too few images."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def shares(frequencies: Sequence[float]) -> list[str]:
+    """Frequencies as text."""
+    return [f"{value:.3f}" for value in frequencies]
+
+
+def words(result: dict[str, Any]) -> str:
+    """What was done and found."""
+    best, base, stein = largest_of(result, "gradient"), result["methods"]["unsteered-0"], largest_of(result, "stein")
+    l2 = best["classifier"]["l2"]
+    paragraphs = (
+        f"""The reward log Σ w_i p(y_i|x) asks for the classes 1, 3, 5, 7, 9 in the proportions 1 : 1 : 2 : 2 : 4.
+        Every ODE has {result["steps"]} uniform steps; N counts posterior draws in each.""",
+        smaller(result),
+        f"""{best["label"]} has an L₂ distance to w of {l2:.3f} by the classifier of the reward and of
+        {best["judge"]["l2"]:.3f} by the judge, with {best["samples"]} samples; as many true draws of w have
+        {best["floor"]:.3f}, samples without steering {base["classifier"]["l2"]:.3f} and {base["judge"]["l2"]:.3f}.
+        Expected was at most {EXPECTED["l2"]} by the classifier: {"found" if l2 <= EXPECTED["l2"] else "not found"}.
+        {stein["label"]}, without a gradient, has {stein["classifier"]["l2"]:.3f} and {stein["judge"]["l2"]:.3f} with
+        {stein["samples"]} samples (true draws: {stein["floor"]:.3f}); at N = 1 it does not steer, as one weight says
+        nothing.""",
+        others(result),
+        hacking(result),
+        f"""The Vendi score, an effective number of different images, is that of {result["vendi_of"]} images that both
+        classifiers take for a {FAVOURITE}: within one class, a wrong mixture of classes counts neither as diversity
+        nor as lack of it, and of this class w wants most. Its kernel is half as wide as the median distance of two
+        real ones. A dash means that a method has fewer of them. An evaluation is one pass of the map or the reward,
+        forward or backward, for one image.""",
+    )
+    return " ".join(" ".join(paragraphs).split())
+
+
+def others(result: dict[str, Any]) -> str:
+    """What p* and the methods without a target law do."""
+    found, smc_row = result["reweighted"], largest_of(result, "smc")
+    climbers = (row for row in result["methods"].values() if row["kind"] in ("search", "best"))
+    listed = ", ".join(f"{row['judge']['l2']:.2f} ({row['label']})" for row in climbers)
+    alone, part = smc_row["l2_of_parts"]["judge"], smc_row["part"]
+    return f"""w is not quite the law p* ∝ p₁ e^r: the true classes of the training images, weighted by e^r, have an L₂
+        of {found["true"]["l2"]:.3f} (effective sample size: {100 * found["ess"]:.0f} %). Search, with M × N draws a
+        step, and Best-of-N climb the reward and have no target law; by the judge their L₂ is {listed}. One population
+        of {part} particles of SMC has {alone:.2f} on average, where {part} true draws have {floor(part):.2f}; all
+        {smc_row["samples"] // part} together have {smc_row["judge"]["l2"]:.3f}."""
+
+
+def hacking(result: dict[str, Any]) -> str:
+    """Whether the classifiers part ways where the reward is climbed."""
+    rows, real = result["methods"], result["reweighted"]["agreement_unweighted"]
+    best, least = largest_of(result, "gradient"), min(rows.values(), key=lambda row: row["agreement"])
+    return f"""Reward hacking would show as images that the classifier of the reward alone takes for what they should
+        be. Both agree on {100 * real:.1f} % of the training images, on {100 * rows["unsteered-0"]["agreement"]:.1f} %
+        of samples without steering, on {100 * best["agreement"]:.1f} % of those of {best["label"]}, and least often on
+        those of {least["label"]}: {100 * least["agreement"]:.1f} %."""
+
+
+def smaller(result: dict[str, Any]) -> str:
+    """How the run differs from a full one, in words; nothing where it does not."""
+    best = largest_of(result, "gradient")
+    sizes = {"samples": result["samples"], "largest": best["n"], "steps": result["steps"]}
+    named = {"samples": "samples", "largest": "as the largest N", "steps": "steps"}
+    less = [f"{sizes[k]} {named[k]} in place of {EXPECTED[k]}" for k in sizes if sizes[k] < EXPECTED[k]]
+    few = f"All but DPS, {best['label']}, SMC and those without steering are {result['few']} samples."
+    few = few if result["few"] < result["samples"] else ""
+    return (f"The run is smaller than a full one: {', '.join(less)}. " if less else "") + few
