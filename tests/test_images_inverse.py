@@ -80,7 +80,7 @@ def test_problems_measure_what_their_names_say():
     hidden = torch.ones(8, 12, dtype=torch.bool)
     hidden[2:6, 3:9] = False
     assert torch.equal(found["inpainting"], x[:, 0][:, hidden])
-    assert torch.equal(found["half"].view(3, 8, 6), x[:, 0, :, :6])
+    assert torch.equal(found["inpainting, half"].view(3, 8, 6), x[:, 0, :, :6])
     means = torch.stack([x[:, 0, i : i + 4, j : j + 4].mean((1, 2)) for i in (0, 4) for j in (0, 4, 8)], 1)
     torch.testing.assert_close(found["super-resolution"], means)
     # A blur keeps a constant, and spreads a point as a Gaussian, as far from an edge as it reaches.
@@ -138,7 +138,7 @@ def test_gaussian_posterior_is_the_closed_form_tilt(config, rung, cases):
         torch.testing.assert_close(torch.cov(x.T), tilted.cov, atol=5 * float(std.max()) ** 2 / math.sqrt(400), rtol=0)
 
 
-@pytest.mark.parametrize("task", ["inpainting", "half", "deblurring", "super-resolution"])
+@pytest.mark.parametrize("task", ["inpainting", "inpainting, half", "deblurring", "super-resolution"])
 def test_exact_samples_are_calibrated(cases, task):
     case = cases[task]
     x = case.gaussian_samples(32, torch.Generator().manual_seed(3))
@@ -192,7 +192,7 @@ def test_ratio_and_its_error():
 
 
 def test_agreement_of_classes(cases):
-    case = dataclasses.replace(cases["half"].first(2), classes=torch.tensor([4, 7]))
+    case = dataclasses.replace(cases["inpainting, half"].first(2), classes=torch.tensor([4, 7]))
     classes = torch.tensor([[4, 4, 1, 1], [0, 1, 2, 3]])
     found = inverse.agreement(case, torch.zeros(2, 4, 1, 8, 8), lambda _: classes.flatten())
     assert found == {"same": 0.25, "among": 0.5, "pairs": pytest.approx((4 / 12 + 0) / 2)}
@@ -227,7 +227,7 @@ def test_a_run_that_goes_on_gives_the_same_numbers(result, rung):
 
 def test_a_method_that_diverges_is_named_so(result, rung, cases, monkeypatch):
     config, found = result
-    case = cases["half"].first(2)
+    case = cases["inpainting, half"].first(2)
     monkeypatch.setattr(inverse, "steer", lambda *a, **k: (_ for _ in ()).throw(ValueError("x must be finite")))
     assert inverse.samples_of(dataclasses.replace(config, seed=9), rung.X, case, "other", "DPS", "") is None
     lost = json.loads(json.dumps(found))
@@ -242,10 +242,10 @@ def test_a_method_that_diverges_is_named_so(result, rung, cases, monkeypatch):
 def test_words_follow_the_numbers(result):
     _, found = result
     changed = json.loads(json.dumps(found))
-    facts = changed["tasks"]["half"]
+    facts = changed["tasks"]["inpainting, half"]
     facts["all"]["both, SDE"]["coverage"] |= {"0.5": [0.7, 0.05], "0.9": [0.91, 0.05]}
     facts["all"]["DPS"] = facts["all"]["Gaussian"] | {"coverage": {"0.5": [0.1, 0.05]}}
-    text = inverse.verdict("half", facts)
+    text = inverse.verdict("inpainting, half", facts)
     assert "central half of the samples more often than it should be (0.70)" in text
     assert "central 90 % as often as it should be, within two standard errors (0.91)" in text
-    assert "for DPS less often than it should be" in text
+    assert "with DPS the central half has it less often than it should be" in text

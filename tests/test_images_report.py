@@ -108,6 +108,15 @@ def test_json_holds_every_record_and_the_sum_of_the_seconds(written):
     assert json.loads((folder / "report.json").read_text()) == {"seconds": 180.0, "stages": results}
 
 
+def test_markdown_has_the_words_tables_and_pictures(written):
+    text = (written[0] / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Meta Flow Maps on ") and text == report.markdown_page(written[1])
+    assert all(part in text for part in report.tables(written[1]).split("\n\n") if part.startswith("|"))
+    for section in report.sections(written[1]).values():
+        assert f"## {section.title}\n" in text and section.text in text
+        assert all(f"![{caption}]({name})" in text for name, caption in section.pictures)
+
+
 def test_tables_in_markdown(written):
     text = report.tables(written[1])
     lines = text.splitlines()

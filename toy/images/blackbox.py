@@ -18,8 +18,8 @@ from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.sampling import noise_like
 from toy.common import ToyConfig, generator, option
 from toy.images.rung import Rung
+from toy.images.samples import MEMORY, ROWS, SHOWN, Method, by_rows, drawn, grid_of, judged, shares, tag_of, unsteered
 from toy.images.section import Section, Table
-from toy.images.steering import MEMORY, ROWS, SHOWN, Method, by_rows, drawn, grid_of, judged, shares, tag_of, unsteered
 
 COLOURS_OF = {"unsteered": "grey", "stein": "green", "search": "blue", "best": "orange"}
 REAL, PREDICTED = "real", "reweighted"  # rows that are no method's: held-out images, and p* by reweighting

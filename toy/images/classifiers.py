@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from mfm_ref import RandomBatches, TrainConfig, train
 from mfm_ref.checks import Reward
-from toy.common import generator, stream_of
+from toy.common import ToyConfig, generator, stream_of
 from toy.digits import CLASS_WEIGHTS, Classify, class_mixture_reward, count_classes
 from toy.images.data import Images
-from toy.images.settings import TrainSettings
 
 __all__ = ["CLASS_WEIGHTS", "Classify", "class_mixture_reward", "count_classes"]
 
 CLASSES = len(CLASS_WEIGHTS)
+NOISE = 0.5  # greatest noise on the images that train a classifier
 
 
 class Classifier(nn.Module):
@@ -39,19 +39,20 @@ class Classifier(nn.Module):
         return self.outlet(self.features(x))
 
 
-def train_classifier(config: TrainSettings, data: Images) -> Classifier:
-    """The classifier of the reward, on images with noise: its gradient is to mean something between images, too."""
-    batches = RandomBatches(lambda rng: data.sample(128, rng), generator(config, 10))
+def train_classifier(config: ToyConfig, data: Images, steps: int, *, stage: int = 10) -> Classifier:
+    """A classifier on images with noise: its gradient is to mean something between images, too."""
+    batches = RandomBatches(lambda rng: data.sample(128, rng), generator(config, stage))
 
     def loss(model: Classifier, batch: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
         images, classes = batch
-        strength = config.train_classifier_noise * torch.rand((len(images), 1, 1, 1), generator=rng).to(images)
+        strength = NOISE * torch.rand((len(images), 1, 1, 1), generator=rng, device=images.device)
         images = images + strength * torch.randn(images.shape, generator=rng, device=images.device)
         return nn.functional.nll_loss(model(images), classes)
 
+    torch.manual_seed(config.seed)
     model = Classifier(tuple(data.images.shape[1:])).to(config.device)
-    settings = TrainConfig(steps=config.train_classifier_steps, seed=stream_of(config, 10))
-    return train(model, loss, batches, settings, progress="train the classifier")[0]
+    settings = TrainConfig(steps=steps, seed=stream_of(config, stage))
+    return train(model, loss, batches, settings, progress="train a classifier")[0]
 
 
 def train_judge(data: Images) -> Classify:

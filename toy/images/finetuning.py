@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfm_ref import FlowMap, RandomBatches, TrainConfig, finetune_loss, integrate, interpolate, time_grid, train
 from mfm_ref import vendi_score as vendi
@@ -30,18 +30,17 @@ from toy.images.classifiers import (
     accuracy_of,
     class_mixture_reward,
     tilted_frequencies,
+    train_classifier,
 )
-from toy.images.data import Images
 from toy.images.rung import Rung
+from toy.images.samples import bandwidth_of, by_rows, shares
 from toy.images.section import Section, Table, mosaic
-from toy.images.steering import bandwidth_of, by_rows
 
 STRENGTHS = (1.0, 2.0, 5.0)
 SHADES = {"1": "blue", "2": "orange", "5": "red"}
 LATEST = 0.98  # training times lie below it: the Stein form divides by 1 − t
 REFERENCES = 2000  # training and held-out images that samples are compared with
 PICTURED = 16  # samples of each strength in the grid
-CLASSIFIER_NOISE = 0.5  # greatest noise on the second classifier's images
 
 MEASURES = {  # name: what the panels call it
     "reward": "mean reward r",
@@ -90,22 +89,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 def times(strength: float, reward: Reward) -> Reward:
     """λ r."""
     return lambda x: strength * reward(x)
-
-
-def train_second(config: Settings, data: Images) -> Classifier:
-    """A second classifier of the reward's kind, on the judge's images, which the first did not see."""
-    batches = RandomBatches(lambda rng: data.sample(128, rng), generator(config, 60))
-
-    def loss(model: Classifier, batch: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
-        images, classes = batch
-        strength = CLASSIFIER_NOISE * torch.rand((len(images), 1, 1, 1), generator=rng, device=images.device)
-        images = images + strength * torch.randn(images.shape, generator=rng, device=images.device)
-        return nn.functional.nll_loss(model(images), classes)
-
-    torch.manual_seed(stream_of(config, 60))
-    model = Classifier(tuple(data.images.shape[1:])).to(config.device)
-    settings = TrainConfig(steps=config.finetune_second_steps, seed=stream_of(config, 60))
-    return train(model, loss, batches, settings, progress="second classifier", **resumable(config, "second"))[0]
 
 
 # ---- what samples are worth ------------------------------------------------------------------------------
@@ -252,7 +235,7 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
     least = min(config.finetune_samples, len(rung.data.train))
     if not 2 <= config.finetune_vendi <= least:
         raise ValueError(f"finetune_vendi must be between 2 and {least} images, got {config.finetune_vendi}")
-    second = train_second(config, rung.data.judge)
+    second = train_classifier(config, rung.data.judge, config.finetune_second_steps, stage=60).requires_grad_(False)
     gauge = gauge_of(config, rung, second)
     base = sampled(config, rung.X)
     images, start = [base], gauge(base)
@@ -366,11 +349,6 @@ def cells(found: dict[str, Any], target: list[float]) -> list[str]:
         f"{found['nearest'][0]:.2f}",
         f"{found['vendi'][0]:.1f}",
     ]
-
-
-def shares(frequencies: list[float]) -> list[str]:
-    """Frequencies of the classes."""
-    return [f"{share:.3f}" for share in frequencies]
 
 
 def change(facts: dict[str, Any], measure: str) -> int:

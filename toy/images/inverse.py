@@ -23,15 +23,14 @@ from toy.common import ToyConfig, generator, option, stream_of
 from toy.digits import psnr
 from toy.images.classifiers import Classify
 from toy.images.rung import Rung
+from toy.images.samples import MEMORY, tag_of
 from toy.images.section import Section, Table, mosaic
-from toy.images.steering import tag_of
 
 FACTOR = 4  # of super-resolution, a side
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of central intervals
 REPORTED = ("0.5", "0.9")  # of these, in the tables
 JITTER = 0.1  # noise on samples and truth before they are ranked: pixels that are black for certain are no ties
 DIVERGED = 1e3  # a sample with a larger pixel is none
-MEMORY = 1e9  # bytes that the graphs of a step may take
 PICTURED, SAMPLES = 2, 4  # images of each problem, and samples of each, in inverse.png
 
 METHODS = {  # name: method and dynamics of `steer`
@@ -68,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inverse_blur": 2.0,
     },
     "full": {
-        "inverse_images": 64, "inverse_draws": 64, "inverse_steps": 50, "inverse_dps_steps": 1000, "inverse_compared": 8,
-        "inverse_blur": 2.0,
+        "inverse_images": 64, "inverse_draws": 64, "inverse_steps": 50, "inverse_dps_steps": 1000,
+        "inverse_compared": 8, "inverse_blur": 2.0,
     },
 }  # fmt: skip
 
@@ -109,7 +108,7 @@ def problems_of(shape: tuple[int, ...], blur: float) -> dict[str, Problem]:
     square, left = torch.ones(height, width), torch.ones(height, width)
     square[height // 4 : height - height // 4, width // 4 : width - width // 4] = 0
     left[:, width // 2 :] = 0
-    seen = {"inpainting": eye[square.flatten() > 0], "half": eye[left.flatten() > 0]}
+    seen = {"inpainting": eye[square.flatten() > 0], "inpainting, half": eye[left.flatten() > 0]}
     blurred = torch.kron(gaussian_blur(height, blur), gaussian_blur(width, blur))
     pooled = F.avg_pool2d(eye.view(-1, 1, height, width), FACTOR).flatten(1).T.contiguous()
     # A⁺ = Aᵀ(AAᵀ)⁻¹ has mid-grey for what is hidden, and repeats what was averaged. A blurred image is one as it is.
@@ -201,7 +200,7 @@ def samples_of(
 
     Each image is on the disk, in `out/checkpoints`, once it is done.
     """
-    folder = "-".join(word.strip(",").lower() for word in (task, *name.split()))
+    folder = "-".join(word.strip(",").lower() for word in f"{task} {name}".split())
     try:
         x, cost = collect(
             draw_of(config, X, case, name),
@@ -382,7 +381,7 @@ def draw_images(config: Settings, shown: dict[str, list[Tensor]]) -> None:
     ax.imshow(picture, cmap="gray", vmin=-1, vmax=1)
     ax.set_xticks([wide * (k + 0.5) for k in range(len(COLUMNS))], COLUMNS)
     centres = [high * (k + 0.5) * rows / len(shown) for k in range(len(shown))]
-    ax.set_yticks(centres, [name.replace("super-", "super-\n") for name in shown])
+    ax.set_yticks(centres, [name.replace("super-", "super-\n").replace(", ", ",\n") for name in shown])
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     for side in ax.spines.values():
@@ -500,10 +499,12 @@ def words(result: dict[str, Any]) -> str:
     """What was done, and what the numbers of the chosen method say."""
     text = (
         f"{result['images']} held-out images, each measured as y = A x₁ + σ ξ with σ = {result['sigma']:g}: without a "
-        f"square of half the side (inpainting), without the right half, blurred over {result['blur']:g} pixels, and "
-        f"averaged {FACTOR} by {FACTOR}. All of these are one call, `steer` with the log-likelihood of y as the "
-        f"reward, on the map of the other stages: {result['samples']} samples for each image, {result['draws']} "
-        f"posterior draws a step, {result['steps']} steps of the Doob SDE. DPS gets {result['dps_steps']} steps. "
+        f"square of half the side (inpainting), without the right half, blurred by a Gaussian of standard deviation "
+        f"{result['blur']:g} (in pixels), and averaged {FACTOR} by {FACTOR}. "
+        "All of these are one call, `steer` with the log-likelihood of y as the reward, on the map of the other "
+        "stages: "
+        f"{result['samples']} samples for each image, {result['draws']} posterior draws a step, "
+        f"{result['steps']} steps of the Doob SDE. DPS gets {result['dps_steps']} steps. "
         f"The Gaussian is N(mean, covariance) of the training images, whose posteriors have a closed form.\n\n"
         "A measured image is a draw of its exact posterior, so among exact samples it would be one more. The pixels "
         "that are judged are those whose Gaussian posterior is wider than σ. Standard errors are over images."
@@ -518,7 +519,7 @@ def verdict(task: str, facts: dict[str, Any]) -> str:
         return f"{task.capitalize()}: the samples diverge."
     gain = found["psnr_mean"] - facts["psnr_gaussian"]
     rival = facts["all"][RIVAL]
-    beside = "DPS diverges" if rival is None else f"for DPS {how_often(rival, '0.5')}"
+    beside = "DPS diverges" if rival is None else f"with DPS the central half has it {how_often(rival, '0.5')}"
     return (
         f"{task.capitalize()}: the mean of the samples is {abs(gain):.1f} dB {'better' if gain >= 0 else 'worse'} than "
         f"the Gaussian one. The truth is within the central half of the samples {how_often(found, '0.5')} "

@@ -1,4 +1,4 @@
-"""The results of all stages as one page that needs no other file, as JSON, and as tables for a README.
+"""The results of all stages as one page that needs no other file, as Markdown beside its pictures, and as JSON.
 
 A stage's record is a dict: `settings` (all that its numbers depend on), `seconds`, `torch` (its version), `hardware`,
 and `result`, what the stage's `run` returned. The sections are made from these records alone, so that a report can be
@@ -43,7 +43,7 @@ th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid var(--line); text-ali
 
 
 def write_report(config: DataSettings, results: dict[str, Record]) -> None:
-    """Write report.html and report.json into `config.out`, where the pictures are.
+    """Write report.html, report.md and report.json into `config.out`, where the pictures are.
 
     Args:
         config: only `out` is read.
@@ -56,8 +56,9 @@ def write_report(config: DataSettings, results: dict[str, Record]) -> None:
         raise ValueError(f"{config.out} must hold the result of a stage: run `python -m toy.mnist` first")
     page = _page(config.out, results)
     save_json({"seconds": sum(r["seconds"] for r in results.values()), "stages": results}, config.out / "report.json")
-    with atomic_path(config.out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    for name, text in {"report.html": page, "report.md": markdown_page(results)}.items():
+        with atomic_path(config.out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def sections(results: dict[str, Record]) -> dict[str, Section]:
@@ -67,12 +68,29 @@ def sections(results: dict[str, Record]) -> dict[str, Section]:
 
 def tables(results: dict[str, Record]) -> str:
     """All tables in Markdown, each below its section's title and its own caption."""
-    parts = []
-    for section in (*sections(results).values(), _costs(results)):
-        for table in section.tables:
-            header, *rows = ([_plain(cell) for cell in row] for row in (table.header, *table.rows))
-            parts.append(f"**{section.title}.** {table.caption}\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts)
+    parts = (*sections(results).values(), _costs(results))
+    return "\n\n".join(_markdown_table(table, f"**{part.title}.** ") for part in parts for table in part.tables)
+
+
+def markdown_page(results: dict[str, Record]) -> str:
+    """The report in Markdown; its pictures are beside it."""
+    text = [f"# {_title(results)}"]
+    for part in (*sections(results).values(), _costs(results)):
+        pictures = [f"![{caption}]({name})\n\n{caption}" for name, caption in part.pictures]
+        text += [f"## {part.title}", part.text, *pictures, *map(_markdown_table, part.tables)]
+    return "\n\n".join(filter(None, text)) + "\n"
+
+
+def _markdown_table(table: Table, title: str = "") -> str:
+    """A table below its caption."""
+    header, *rows = ([_plain(cell) for cell in row] for row in (table.header, *table.rows))
+    return f"{title}{table.caption}\n\n{markdown(header, rows)}"
+
+
+def _title(results: dict[str, Record]) -> str:
+    """The title of the page."""
+    dataset = next(iter(results.values()))["settings"]["dataset"]
+    return f"Meta Flow Maps on {NAMES.get(dataset, dataset)}"
 
 
 def _plain(cell: str) -> str:
@@ -110,8 +128,7 @@ def _settings(results: dict[str, Record]) -> Section:
 
 def _page(folder: Path, results: dict[str, Record]) -> str:
     """The whole page."""
-    dataset = next(iter(results.values()))["settings"]["dataset"]
-    title = f"Meta Flow Maps on {NAMES.get(dataset, dataset)}"
+    title = _title(results)
     parts = {**sections(results), "time": _costs(results), "settings": _settings(results)}
     contents = "\n".join(f'<li><a href="#{_text(key)}">{_text(part.title)}</a></li>' for key, part in parts.items())
     body = "\n".join(_section(key, part, folder) for key, part in parts.items())

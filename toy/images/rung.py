@@ -51,7 +51,7 @@ def run(config: TrainSettings) -> dict[str, Any]:
     data = load_images(config.dataset, config.data or None, config.device)
     path = classifier_file(config.out)
     if not path.exists():
-        save_weights(train_classifier(config, data.train), path)
+        save_weights(train_classifier(config, data.train, config.train_classifier_steps), path)
     seconds = train_all(config)
     rung = load_rung(config)
     images = {"classifier": data.held_out, "judge": data.train if data.judge is data.held_out else data.held_out}

@@ -29,7 +29,6 @@ class TrainSettings(DataSettings):
     train_lr: float = 2e-3
     train_decay: float = option(0.999, "of the averaged weights")
     train_classifier_steps: int = 1500
-    train_classifier_noise: float = option(0.5, "greatest noise on the classifier's images")
 
 
 def training_settings(config: TrainSettings) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def training_settings(config: TrainSettings) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
-        "train_channels": "8,16", "train_steps": 20, "train_batch": 32, "train_classifier_steps": 100,
+        "train_channels": "8,16", "train_steps": 20, "train_batch": 32, "train_classifier_steps": 250,
     },
     "mnist": {
         "train_maps": "semigroup,teacher", "train_channels": "32,64", "train_patch": 2, "train_steps": 8000,

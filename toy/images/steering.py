@@ -5,49 +5,53 @@ and by the judge that it does not. Writes steering.png and steering_samples.png.
 """
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfm_ref import (
     Cost,
     FlowMap,
     best_of_n,
-    collect,
-    integrate,
     search,
     smc,
     steer,
-    time_grid,
     vendi_score,
 )
 from mfm_ref.baselines import effective_share, systematic
 from mfm_ref.checks import Reward
 from mfm_ref.collect import Draw
-from mfm_ref.cost import counting
 from mfm_ref.figures import COLOURS, new_figure, save_figure
-from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.sampling import noise_like
 from toy.alignment import plain_ticks
-from toy.common import ToyConfig, generator, option, stream_of
-from toy.images.classifiers import CLASS_WEIGHTS, Classify, count_classes, frequencies_of, tilted_frequencies
+from toy.common import ToyConfig, generator, option
+from toy.images.classifiers import CLASS_WEIGHTS, frequencies_of, tilted_frequencies
 from toy.images.data import Images
 from toy.images.rung import Rung
-from toy.images.section import Section, Table, mosaic
+from toy.images.samples import (
+    MEMORY,
+    ROWS,
+    SHOWN,
+    Method,
+    bandwidth_of,
+    by_rows,
+    drawn,
+    grid_of,
+    judged,
+    shares,
+    tag_of,
+    unsteered,
+)
+from toy.images.section import Section, Table
 
 CONTROLLED = (4, 16)  # N of the estimator that uses both, an aside here
 BEST_OF = (4, 16)
 FAVOURITE = 9  # the class of the largest weight, whose images the diversity is measured on
-ROWS = 1024  # images in one call of a network
-MEMORY = 1e9  # bytes that the graphs of a step may take
 CURVES = {"gradient": ("MFM-G", "blue"), "stein": ("MFM-GF", "green"), "controlled": ("both", "orange")}
 REWEIGHTED = 5000  # training images at most that stand for p₁: the judge is slow
-SHOWN = 64  # images of each method in a picture
 EXPECTED = {"samples": 4096, "largest": 32, "steps": 50, "l2": 0.05}  # a full run, and what MFM-G is to reach in it
 
 
@@ -85,19 +89,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 # ---- the methods ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One way to get samples, each with its cost."""
-
-    name: str  # of the folder that keeps them
-    label: str
-    kind: str
-    n: int  # posterior draws per step, or candidates; 0 where there are none
-    samples: int
-    batch: int
-    draw: Draw
-
-
 def methods_of(config: Settings, rung: Rung) -> list[Method]:
     """All of them. Those along an ODE start from the same noises."""
     X, reward, steps = rung.X, rung.reward, config.steer_steps
@@ -133,18 +124,6 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
     ]
 
 
-def unsteered(X: FlowMap, reward: Reward, x0: Tensor, steps: int) -> Draw:
-    """Samples of p₁ along the ODE of b_t (E2), read off the diagonal of the map."""
-
-    def draw(rows: range, rng: torch.Generator) -> tuple[Tensor, Cost]:
-        with torch.no_grad(), counting(X, reward, len(rows)) as (counted, _, cost):
-            start = x0[rows.start : rows.stop]
-            x = integrate(lambda t, x: unconditional_drift(counted, t, x), start, time_grid(steps))
-        return x, cost
-
-    return draw
-
-
 def searched(config: Settings, X: FlowMap, reward: Reward) -> Draw:
     """MFM-Search (E21)."""
     return lambda rows, rng: search(
@@ -163,50 +142,7 @@ def population(X: FlowMap, reward: Reward, steps: int) -> Draw:
     return draw
 
 
-def drawn(config: ToyConfig, stage: int, method: Method, tag: str) -> tuple[Tensor, Cost]:
-    """The samples of a method, on the device; batches that an earlier run left in `out/checkpoints` are read."""
-    x, cost = collect(
-        method.draw,
-        method.samples,
-        min(method.batch, method.samples),
-        folder=config.out / "checkpoints" / "samples" / f"{stage}-{method.name}",
-        seed=stream_of(config, stage),
-        tag=tag,
-        device=config.device,
-        progress=f"draw: {method.label}",
-    )
-    return x.to(config.device), cost
-
-
-def tag_of(config: ToyConfig, kind: type[ToyConfig], *networks: nn.Module) -> str:
-    """What samples depend on: the settings of a stage and the weights of its networks."""
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in ("out", "threads")]
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, weights in network.state_dict().items():
-            content = weights.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + content.numpy().tobytes())
-    return f"{ {name: getattr(config, name) for name in names} } {digest.hexdigest()}"
-
-
 # ---- what they are worth -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def by_rows(function: Any, x: Tensor) -> Tensor:
-    """A function of images `(B, …)`, a part of them at a time."""
-    return torch.cat([function(part) for part in x.split(ROWS)])
-
-
-def judged(rung: Rung, x: Tensor, reward: Reward) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Classes, their distance to w, agreement of both classifiers, mean reward; and the classes `(B,)` by both."""
-    seen = {name: by_rows(classify, x) for name, classify in rung.classifiers.items()}
-
-    def found(name: str) -> Classify:
-        return lambda _: seen[name]
-
-    facts = count_classes(x, {name: found(name) for name in seen})
-    return {"samples": len(x), **facts, "reward": float(by_rows(reward, x).mean())}, seen
 
 
 def row_of(config: Settings, rung: Rung, method: Method, x: Tensor, cost: Cost, bandwidth: float) -> dict[str, Any]:
@@ -248,11 +184,6 @@ def real_nines(config: Settings, rung: Rung) -> Tensor:
     """Training images of class 9 as p₁ has them, with the noise; as many as the diversity is measured on."""
     data = rung.data.train
     return data.blur(data.images[data.classes == FAVOURITE][: config.steer_vendi], generator(config, 32))
-
-
-def bandwidth_of(x: Tensor) -> float:
-    """Half the median distance of two images: two that are so typical have a kernel of e⁻² = 0.14."""
-    return float(torch.pdist(x.flatten(1)).median()) / 2 if len(x) > 1 else 1.0
 
 
 def reweighted(config: Settings, rung: Rung, nines: Tensor, bandwidth: float) -> dict[str, Any]:
@@ -373,12 +304,6 @@ def draw_grids(config: ToyConfig, file: str, images: dict[str, Tensor], title: s
     save_figure(figure, config.out / file)
 
 
-def grid_of(x: Tensor) -> np.ndarray:
-    """The largest square of images that there are enough for, at most 64."""
-    side = math.isqrt(min(len(x), SHOWN))
-    return mosaic(x[: side**2].unflatten(0, (side, side)))
-
-
 # ---- the report ----------------------------------------------------------------------------------------
 
 
@@ -441,11 +366,6 @@ def target(result: dict[str, Any]) -> list[str]:
 def number(value: float | None) -> str:
     """A score, or a dash where there were too few images."""
     return "–" if value is None else f"{value:.1f}"
-
-
-def shares(frequencies: Sequence[float]) -> list[str]:
-    """Frequencies as text."""
-    return [f"{value:.3f}" for value in frequencies]
 
 
 def words(result: dict[str, Any]) -> str:
