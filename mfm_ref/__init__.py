@@ -53,7 +53,7 @@ from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import train
 from mfm_ref.unet import UNet
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "MLP",
