@@ -82,12 +82,43 @@ def test_students_are_saved(run):
 def test_a_run_that_goes_on_gives_the_same_numbers(run, rung):
     config, found = run
     assert finetuning.run(config, rung) == found
-    for path in (config.out / "checkpoints").glob("student-*/step-*6"):  # as if it had died in the fifth update
-        shutil.rmtree(path)
+    path = config.out / "checkpoints" / "curve-5.json"  # as if it had died in the fifth update
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "6"}))
+    shutil.rmtree(config.out / "checkpoints" / "student-5" / "step-00000006")
     shutil.rmtree(config.out / "students" / "5")
-    assert finetuning.run(config, rung) == found
-    with pytest.raises(ValueError, match=r"another run|other settings"):
-        finetuning.run(dataclasses.replace(config, seed=1), rung)
+    assert finetuning.run(dataclasses.replace(config, threads=2), rung) == found
+
+
+def test_what_is_of_another_run_is_not_continued(run, rung):
+    config, _ = run
+    other = FlowMap(Small(hidden=48)).requires_grad_(False)  # with other initial weights
+    for changed, of in [(dataclasses.replace(config, seed=1), rung), (config, dataclasses.replace(rung, X=other))]:
+        with pytest.raises(ValueError, match="other settings"):
+            finetuning.run(changed, of)
+    with pytest.raises(ValueError, match="other settings"):  # the student's checkpoint alone says so too
+        finetuning.finetune(config, rung, 1.0, "another tag", lambda *_: None)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_no_measurement_is_lost_with_its_process(run, rung, gauge, every, tmp_path, monkeypatch):
+    def config_of(name):
+        return dataclasses.replace(run[0], finetune_every=every, finetune_steps=7, out=tmp_path / name)
+
+    x, curve = finetuning.tuned(config_of("whole"), rung, gauge, 2.0, "")
+    assert list(curve) == [str(k) for k in sorted({*range(every, 8, every), 7})]
+    draw = finetuning.sampled
+    for k in range(len(curve)):
+        config, calls = config_of(f"killed-{k}"), iter(range(100))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(finetuning, "sampled", lambda *a: draw(*a) if next(calls) < k else killed())  # noqa: B023
+            finetuning.tuned(config, rung, gauge, 2.0, "")
+        again, same = finetuning.tuned(config, rung, gauge, 2.0, "")
+        assert same == curve
+        assert torch.equal(again, x)
+
+
+def killed():
+    raise KeyboardInterrupt
 
 
 def test_student_reaches_the_tilted_law(rung, tmp_path):
@@ -101,7 +132,7 @@ def test_student_reaches_the_tilted_law(rung, tmp_path):
     grid = finetuning.times(strength, rung.reward)((a / 4).view(-1, 1, 1, 1).expand(-1, *SHAPE).float()).double()
     weights = torch.softmax(grid - a.square() / 2, 0)
     truth = float((weights * a).sum())
-    student = finetuning.finetune(config, rung, strength)
+    student = finetuning.finetune(config, rung, strength, "")
     found = finetuning.sampled(config, student).flatten(1).sum(1) / 4
     assert truth > 0.5
     # One standard error of 4000 samples is 0.016; the student of 400 updates comes nearer than a tenth of the way.
@@ -128,8 +159,8 @@ def gauge(run, rung):
 def test_equal_weights_are_no_weights(gauge, rung):
     x = rung.data.train.images[:50]
     plain = gauge(x)
-    weighted = gauge(x, torch.full((50,), 1 / 50, dtype=torch.float64), torch.Generator().manual_seed(0))
-    for name in ("reward", "held_out", "wanted", "excess", "nearest", "agreement"):
+    weighted = gauge(x, torch.full((50,), 1 / 50, dtype=torch.float64))
+    for name in ("reward", "held_out", "wanted", "excess", "nearest", "agreement", "vendi"):
         assert weighted[name] == pytest.approx(plain[name])
     assert weighted["frequencies"] == pytest.approx(plain["frequencies"])
 
@@ -154,6 +185,26 @@ def test_tilted_measures_are_importance_weighted(run, rung, gauge):
     found = finetuning.tilted(config, rung, gauge, 2.0)
     assert found["reward"][0] == pytest.approx(float((r * (2 * r).exp()).sum() / (2 * r).exp().sum()))
     assert math.fsum(found["target"]) == pytest.approx(1)
+
+
+def test_accepted_images_are_samples_of_the_weighted_law():
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    share = torch.softmax(x.clamp(max=3), 0)  # e^x N(0, 1) is N(1, 1), but for the clamp
+    found = finetuning.accepted(x, share, torch.Generator().manual_seed(1))
+    assert len(found.unique()) == len(found)
+    # Each is accepted with probability Σ share/max share over n: 5 standard errors.
+    chance = float((share / share.max()).mean())
+    assert abs(len(found) / len(x) - chance) < 5 * math.sqrt(chance * (1 - chance) / len(x))
+    assert abs(float(found.mean()) - float((share * x).sum())) < 5 / math.sqrt(len(found))
+    assert abs(float(found.var()) - float((share * (x - 1).square()).sum())) < 5 * math.sqrt(2 / len(found))
+
+
+def test_a_tilted_law_with_too_few_samples_is_refused_before_training(rung, tmp_path):
+    config = finetuning.Settings(**finetuning.PRESETS["fast"], out=tmp_path)
+    config = dataclasses.replace(config, finetune_vendi=2000, finetune_samples=2000)
+    with pytest.raises(ValueError, match=r"p\* for λ = 1 needs 2000 .* of 3000 .* choose a smaller finetune_vendi"):
+        finetuning.run(config, rung)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_too_few_images_for_the_diversity_are_refused(run, rung):

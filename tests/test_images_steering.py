@@ -140,7 +140,7 @@ def test_files_and_words_of_steering(steered):
 
 
 def test_a_full_run_is_not_called_smaller(steered):
-    result = steered[1] | {"samples": 4096, "few": 4096, "steps": 50}
+    result = steered[1] | {"samples": 4096, "few": 4096, "steps": 500}
     row = result["methods"]["gradient-8"] | {"n": 32}
     assert steering.smaller(result | {"methods": {"gradient-32": row}}) == ""
 

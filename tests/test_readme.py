@@ -12,10 +12,13 @@ import torch
 
 import mfm_ref
 from toy import table
+from toy.images import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TOY_README = (ROOT / "toy" / "README.md").read_text()
+IMAGES_README = (ROOT / "toy" / "images" / "README.md").read_text()
+IMAGES_RESULTS = sorted((ROOT / "toy" / "results").glob("images-*"))
 
 
 def test_the_first_example_runs_as_printed():
@@ -74,7 +77,33 @@ def test_tables_repeat_the_committed_reports():
             assert block in README + TOY_README, f"run python -m toy.table and copy:\n{block}"
 
 
-@pytest.mark.parametrize(("text", "folder"), [(README, ROOT), (TOY_README, ROOT / "toy")])
+@pytest.mark.parametrize("folder", IMAGES_RESULTS, ids=lambda folder: folder.name)
+def test_reports_of_the_image_rungs_are_those_of_their_results(folder):
+    """The words and tables follow from report.json by today's code, and the pictures are there."""
+    results = json.loads((folder / "report.json").read_text())["stages"]
+    page = (folder / "report.md").read_text()
+    assert page == report.markdown_page(results)
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page):
+        assert (folder / name).exists()
+
+
+def test_the_page_of_the_image_rungs_repeats_their_tables():
+    tables = [table for folder in IMAGES_RESULTS for table in table_blocks((folder / "report.md").read_text())]
+    shown = table_blocks(IMAGES_README.split("## What is found")[1])
+    assert len(shown) > 5
+    for block in shown:
+        assert block in tables, f"not a table of a report:\n{block}"
+
+
+def table_blocks(text: str) -> list[str]:
+    return [block for block in text.split("\n\n") if block.startswith("|")]
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [(README, ROOT), (TOY_README, ROOT / "toy"), (IMAGES_README, ROOT / "toy" / "images")],
+    ids=["README.md", "toy", "toy/images"],
+)
 def test_links_lead_somewhere(text, folder):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
@@ -97,5 +126,5 @@ def test_commands_of_the_makefile_are_the_documented_ones():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for module in re.findall(r"-m toy\.(\w+)", README + TOY_README):
+    for module in re.findall(r"-m toy\.(\w+)", README + TOY_README + IMAGES_README):
         assert (ROOT / "toy" / f"{module}.py").exists()

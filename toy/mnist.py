@@ -6,8 +6,8 @@
 
 Everything, or one stage of it: train the maps; noisy images and what they may be; steering to a class-mixture reward;
 inverse problems; a reward without gradients; fine-tuning; the report. Each stage writes its pictures and STAGE.json
-into the folder of the run, and one that is finished is not run again. The report, report.html and report.json, gathers
-whatever there is. A run that was killed goes on where it was.
+into the folder of the run, and one that is finished is not run again. The report, as report.html, report.md and
+report.json, gathers whatever there is. A run that was killed goes on where it was.
 """
 
 import argparse
@@ -26,9 +26,9 @@ import torch
 from mfm_ref.files import load_json, save_json
 from toy.common import ToyConfig, remove_checkpoints, start
 from toy.images.config import PRESETS, ImagesConfig
-from toy.images.data import MIRRORS, download, load_images
+from toy.images.data import MIRRORS, download
 from toy.images.report import Record, tables, write_report
-from toy.images.rung import Rung, load_rung
+from toy.images.rung import Rung, load_rung, missing_parts
 from toy.images.settings import DataSettings, TrainSettings
 from toy.images.stages import STAGES
 
@@ -115,6 +115,9 @@ def settings_of(config: ImagesConfig, name: str) -> dict[str, Any]:
     """All options that the numbers of a stage depend on, as JSON values: its own and those of training."""
     kinds = (TrainSettings, STAGES[name].settings)
     fields = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
+    unused = {"train": ("map",), "posteriors": ()}.get(name, ("train_maps",))  # of all maps, most stages use one
+    for field in unused:
+        del fields[field]
     return json.loads(json.dumps({field: getattr(config, field) for field in fields if field not in ELSEWHERE}))
 
 
@@ -163,30 +166,37 @@ def hardware(config: ImagesConfig) -> str:
     return f"{config.device}, {config.threads} of {os.cpu_count()} cores"
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that torch does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that this torch computes on, got {device!r}: {error}") from error
+
+
 def run_stages(config: ImagesConfig, names: Sequence[str]) -> None:
     """Every stage of these that is not finished; what all but training need is loaded once."""
     rung: Rung | None = None
     for name in names:
         with refusing():
-            if read_record(config, name) is not None:
+            finished = read_record(config, name) is not None and not (name == "train" and missing_parts(config))
+            if finished:
                 print(f"{name}: finished before, {config.out / name}.json is kept; remove it to run the stage again")
                 continue
-            if name == "train":
-                load_images(config.dataset, config.data, config.device)  # what is wrong with the files shows here
-            elif rung is None:
+            check_device(config.device)
+            if name != "train" and rung is None:
                 rung = load_rung(config)
-        record = run_stage(config, name, rung)
+            record = run_stage(config, name, rung)
         print(f"{name}: {record['seconds'] / 60:.1f} minutes")
 
 
 def report(config: ImagesConfig) -> None:
-    """Write the report of the results that are there, whatever their settings, and print its tables."""
+    """Write the report of the results that are there."""
     with refusing():
         paths = {name: config.out / f"{name}.json" for name in STAGES}
         results = {name: load_json(path) for name, path in paths.items() if path.exists()}
         write_report(config, results)
-    print(tables(results))
-    print(f"\n{config.out / 'report.html'} has the pictures, too")
+    print(f"the report: {config.out / 'report.html'}, or report.md beside it")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

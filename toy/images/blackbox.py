@@ -18,7 +18,7 @@ from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.sampling import noise_like
 from toy.common import ToyConfig, generator, option
 from toy.images.rung import Rung
-from toy.images.samples import MEMORY, ROWS, SHOWN, Method, by_rows, drawn, grid_of, judged, shares, tag_of, unsteered
+from toy.images.samples import MEMORY, ROWS, SHOWN, Method, drawn, grid_of, in_parts, judged, shares, tag_of, unsteered
 from toy.images.section import Section, Table
 
 COLOURS_OF = {"unsteered": "grey", "stein": "green", "search": "blue", "best": "orange"}
@@ -111,7 +111,7 @@ def methods_of(config: Settings, rung: Rung, reward: Reward) -> list[Method]:
 def facts_of(config: Settings, rung: Rung, x: Tensor, reward: Reward, label: str) -> dict[str, Any]:
     """Size and reward, and whether images are still digits: agreement of both classifiers, and how sure one is."""
     bytes_of = packed_size(x, config.blackbox_levels).double()
-    sure = by_rows(lambda part: rung.classifier(part).amax(1).exp(), x)
+    sure = in_parts(lambda part: rung.classifier(part).amax(1).exp(), x)
     return {
         "label": label,
         **judged(rung, x, reward)[0],
@@ -127,7 +127,7 @@ def prediction(config: Settings, rung: Rung, x: Tensor, reward: Reward) -> tuple
     The mean size is the weighted one, its error that of a ratio of two means; the effective sample size is a share.
     `shift` is from the mean without weights.
     """
-    bytes_of, r = packed_size(x, config.blackbox_levels).double(), by_rows(reward, x).double()
+    bytes_of, r = packed_size(x, config.blackbox_levels).double(), in_parts(reward, x).double()
     share = torch.softmax(r, 0)
     mean, unweighted = (share * bytes_of).sum(), bytes_of.mean()
     deviations = share * (bytes_of - mean)

@@ -39,8 +39,11 @@ class Classifier(nn.Module):
         return self.outlet(self.features(x))
 
 
-def train_classifier(config: ToyConfig, data: Images, steps: int, *, stage: int = 10) -> Classifier:
-    """A classifier on images with noise: its gradient is to mean something between images, too."""
+def train_classifier(config: ToyConfig, data: Images, steps: int, *, seed: int, stage: int = 10) -> Classifier:
+    """A classifier on images with noise: its gradient is to mean something between images, too.
+
+    `seed` is that of the initial weights, `stage` that of data and noise.
+    """
     batches = RandomBatches(lambda rng: data.sample(128, rng), generator(config, stage))
 
     def loss(model: Classifier, batch: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
@@ -49,7 +52,7 @@ def train_classifier(config: ToyConfig, data: Images, steps: int, *, stage: int 
         images = images + strength * torch.randn(images.shape, generator=rng, device=images.device)
         return nn.functional.nll_loss(model(images), classes)
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     model = Classifier(tuple(data.images.shape[1:])).to(config.device)
     settings = TrainConfig(steps=steps, seed=stream_of(config, stage))
     return train(model, loss, batches, settings, progress="train a classifier")[0]

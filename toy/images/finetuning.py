@@ -3,14 +3,16 @@
 E18 in its Stein form for λ = 1, 2 and 5, each from the map that the stages share. On the way, samples along the
 student's ODE are measured: by the reward, by rewards that the student does not know (a second classifier and the judge,
 which saw other images), by how far pixels leave [−1, 1], by their distance to real images, and by their diversity. The
-same numbers of training images under the weights e^{λ r} say what the tilted law itself has. Writes finetuning.png,
-finetuning_samples.png and the students, students/λ.
+same numbers of training images under the weights e^{λ r} say what the tilted law itself has; its diversity is that of
+images which are accepted with a probability proportional to the weight. Writes finetuning.png, finetuning_samples.png
+and the students, students/λ.
 """
 
 import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from mfm_ref import FlowMap, RandomBatches, TrainConfig, finetune_loss, integrate, interpolate, time_grid, train
 from mfm_ref import vendi_score as vendi
+from mfm_ref.checkpoints import Checkpoints
 from mfm_ref.checks import Reward, check_count
 from mfm_ref.estimators import log_mean_exp
 from mfm_ref.figures import COLOURS, new_figure, save_figure
-from mfm_ref.files import save_json
+from mfm_ref.files import remove_folder, save_json
 from mfm_ref.sampling import noise_like
-from toy.common import ToyConfig, generator, option, read_result, resumable, stream_of
+from toy.common import ToyConfig, generator, option, read_result, stream_of
 from toy.images.classifiers import (
     CLASS_WEIGHTS,
     Classifier,
@@ -33,13 +36,13 @@ from toy.images.classifiers import (
     train_classifier,
 )
 from toy.images.rung import Rung
-from toy.images.samples import bandwidth_of, by_rows, shares
+from toy.images.samples import bandwidth_of, in_parts, shares, tag_of
 from toy.images.section import Section, Table, mosaic
 
 STRENGTHS = (1.0, 2.0, 5.0)
 SHADES = {"1": "blue", "2": "orange", "5": "red"}
 LATEST = 0.98  # training times lie below it: the Stein form divides by 1 − t
-REFERENCES = 2000  # training and held-out images that samples are compared with
+REFERENCES = 5000  # training and held-out images that samples are compared with; all where there are fewer
 PICTURED = 16  # samples of each strength in the grid
 
 MEASURES = {  # name: what the panels call it
@@ -56,15 +59,15 @@ MEASURES = {  # name: what the panels call it
 class Settings(ToyConfig):
     """Of the stage; the defaults take about 6 minutes of one core on digits."""
 
-    finetune_steps: int = option(1200, "of training, for each strength")
-    finetune_batch: int = 128
+    finetune_steps: int = option(1200, "updates of each student")
+    finetune_batch: int = option(128, "states in an update")
     finetune_draws: int = option(4, "posterior draws per state, N")
-    finetune_lr: float = 1e-3
-    finetune_every: int = option(60, "steps between measurements")
-    finetune_samples: int = option(512, "images that are measured")
-    finetune_ode_steps: int = option(25, "of the ODE that draws them")
-    finetune_vendi: int = option(100, "of the images, whose diversity is measured")
-    finetune_second_steps: int = option(1000, "of training the second classifier")
+    finetune_lr: float = option(1e-3, "learning rate of Adam")
+    finetune_every: int = option(60, "updates between measurements of a student")
+    finetune_samples: int = option(512, "images that a measurement takes")
+    finetune_ode_steps: int = option(25, "steps of the ODE that draws these images")
+    finetune_vendi: int = option(100, "images whose diversity is measured")
+    finetune_second_steps: int = option(1000, "updates of the second classifier")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -106,31 +109,26 @@ class Gauge:
     vendi_of: int
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, share: Tensor | None = None, rng: torch.Generator | None = None) -> dict[str, Any]:
+    def __call__(self, x: Tensor, share: Tensor | None = None, few: Tensor | None = None) -> dict[str, Any]:
         """{measure: [mean, standard error]}; the classes' frequencies by the judge; how often it and the reward agree.
 
         Args:
             x: images `(n, *D)`.
             share: weights `(n,)` that sum to 1 of the images; None for equal ones.
-            rng: chooses by these weights the images whose diversity is measured; the first ones without weights.
+            few: the images `(vendi_of, *D)` whose diversity is measured; None for the first of x.
         """
         weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if share is None else share.cpu()
-        seen = {name: by_rows(classify, x).cpu() for name, classify in self.rung.classifiers.items()}
+        seen = {name: in_parts(classify, x).cpu() for name, classify in self.rung.classifiers.items()}
         wanted = CLASS_WEIGHTS[seen["judge"]] > 0
         values = {
-            "reward": by_rows(self.reward, x),
-            "held_out": by_rows(self.held_out, x),
+            "reward": in_parts(self.reward, x),
+            "held_out": in_parts(self.held_out, x),
             "wanted": wanted,
             "excess": (x.abs() - 1).clamp_min(0).flatten(1).mean(1),
-            "nearest": by_rows(lambda part: torch.cdist(part.flatten(1), self.real.flatten(1)).amin(1), x),
+            "nearest": in_parts(lambda part: torch.cdist(part.flatten(1), self.real.flatten(1)).amin(1), x),
             "agreement": seen["judge"] == seen["classifier"],
         }
-        k = self.vendi_of
-        if share is not None:
-            index = torch.multinomial(weights, k, generator=rng)
-            few = x[index.to(x.device)]
-        else:
-            few = x[:k]
+        few = x[: self.vendi_of] if few is None else few
         frequencies = torch.zeros(len(CLASS_WEIGHTS), dtype=torch.float64).index_add(0, seen["judge"], weights)
         return {
             **{name: weighted(value, weights) for name, value in values.items()},
@@ -159,7 +157,7 @@ def sampled(config: Settings, student: FlowMap) -> Tensor:
     """Images along the student's ODE; all students and the base start from the same noise."""
     noise = noise_like(student, config.finetune_samples, generator=generator(config, 61))
     grid = time_grid(config.finetune_ode_steps)
-    return by_rows(lambda part: integrate(student.drift, part, grid), noise)
+    return in_parts(lambda part: integrate(student.drift, part, grid), noise)
 
 
 @torch.no_grad()
@@ -167,25 +165,44 @@ def tilted(config: Settings, rung: Rung, gauge: Gauge, strength: float) -> dict[
     """The tilted law p* ∝ p₁ e^{λ r} itself: training images with the weights e^{λ r}, and its class frequencies.
 
     `target` has all training images with their true classes; the measures have the first of them, with p₁'s noise.
+    The diversity is that of exact samples, which `accepted` leaves of these.
+
+    Raises:
+        ValueError: fewer of them than the diversity is measured on.
     """
     data, rng = rung.data.train, generator(config, 62)
     images = data.blur(data.images[:REFERENCES], rng)
-    share = torch.softmax(strength * by_rows(rung.reward, images).double(), 0)
-    return gauge(images, share, rng) | {"target": tilted_frequencies(data, rung.reward, strength)}
+    share = torch.softmax(strength * in_parts(rung.reward, images).double(), 0)
+    few = accepted(images, share, rng)
+    if len(few) < gauge.vendi_of:
+        raise ValueError(
+            f"the diversity of p* for λ = {strength:g} needs {gauge.vendi_of} of its samples, but of {len(images)} "
+            f"training images only {len(few)} are accepted as such: choose a smaller finetune_vendi"
+        )
+    return gauge(images, share, few[: gauge.vendi_of]) | {"target": tilted_frequencies(data, rung.reward, strength)}
+
+
+def accepted(x: Tensor, share: Tensor, rng: torch.Generator) -> Tensor:
+    """Draws of p₁ `(n, *D)` thinned to draws of the law with weights `share` `(n,)`, none of them twice.
+
+    Each is accepted with probability share/max share, which is e^{λ (r − max r)} for shares ∝ e^{λ r}.
+    """
+    chance = torch.rand(len(x), generator=rng, device=rng.device, dtype=torch.float64).to(share.device)
+    return x[chance < share / share.max()]
 
 
 # ---- the students ----------------------------------------------------------------------------------------
 
 
 def finetune(
-    config: Settings, rung: Rung, strength: float, measure: Callable[[FlowMap, int], None] | None = None
+    config: Settings, rung: Rung, strength: float, tag: str, measure: Callable[[FlowMap, int], None] | None = None
 ) -> FlowMap:
     """E18, Stein form, for λ r: states are noised training images, times from U(0, LATEST)."""
-    stage, name = 63 + STRENGTHS.index(strength), f"student-{strength:g}"
+    stage = 63 + STRENGTHS.index(strength)
     data, reward = rung.data.train, times(strength, rung.reward)
     batches = RandomBatches(lambda rng: data.sample(config.finetune_batch, rng)[0], generator(config, stage))
     with torch.no_grad():
-        log_scale = float(log_mean_exp(by_rows(reward, data.images)))
+        log_scale = float(log_mean_exp(in_parts(reward, data.images)))
 
     def loss(student: FlowMap, x1: Tensor, rng: torch.Generator | None) -> Tensor:
         t = LATEST * torch.rand(len(x1), generator=rng, device=x1.device)
@@ -202,23 +219,44 @@ def finetune(
         clip=10.0,
         seed=stream_of(config, stage),
         sample_every=config.finetune_every if measure else 0,
-        # Between measurements: one that dies with its process is made again.
-        checkpoint_every=max(1, config.finetune_every - 1),
+        checkpoint_every=max(1, config.finetune_every - 1),  # mostly not just before a measurement: see `rewind`
     )
-    label = f"fine-tune, λ = {strength:g}"
-    return train(student, loss, batches, settings, callback=measure, progress=label, **resumable(config, name))[0]
+    return train(
+        student, loss, batches, settings, callback=measure, progress=f"fine-tune, λ = {strength:g}",
+        folder=folder_of(config, strength), tag=tag,
+    )[0]  # fmt: skip
 
 
-def tuned(config: Settings, rung: Rung, gauge: Gauge, strength: float) -> tuple[Tensor, dict[str, Any]]:
+def folder_of(config: Settings, strength: float) -> Path:
+    """Where the checkpoints of a student are."""
+    return config.out / "checkpoints" / f"student-{strength:g}"
+
+
+def rewind(folder: Path, curve: dict[str, Any], every: int, steps: int) -> None:
+    """Remove checkpoints that lie after a measurement which is not in the curve.
+
+    The trainer writes a checkpoint before it measures, so a process that is killed between the two loses the
+    measurement. From the checkpoint before, it is made again. That of the last update is made from the student itself.
+    """
+    checkpoints = Checkpoints(folder, {})
+    while (newest := checkpoints.newest()) is not None:
+        done = int(newest.name.removeprefix("step-"))
+        if all(str(k) in curve for k in range(every, min(done, steps - 1) + 1, every)):
+            return
+        remove_folder(newest)
+
+
+def tuned(config: Settings, rung: Rung, gauge: Gauge, strength: float, tag: str) -> tuple[Tensor, dict[str, Any]]:
     """A student, saved; its samples, and its curve {updates: measures}, which is on the disk as far as it goes."""
-    path, settings = config.out / "checkpoints" / f"curve-{strength:g}.json", repr(config)
-    curve = read_result(path, settings) or {}
+    path = config.out / "checkpoints" / f"curve-{strength:g}.json"
+    curve = read_result(path, tag) or {}
+    rewind(folder_of(config, strength), curve, config.finetune_every, config.finetune_steps)
 
     def measure(student: FlowMap, k: int) -> None:
         curve[str(k)] = gauge(sampled(config, student))
-        save_json(curve | {"settings": settings}, path)
+        save_json(curve | {"settings": tag}, path)
 
-    student = finetune(config, rung, strength, measure)
+    student = finetune(config, rung, strength, tag, measure)
     student.save_pretrained(config.out / "students" / f"{strength:g}")
     x = sampled(config, student)
     curve[str(config.finetune_steps)] = gauge(x)
@@ -229,21 +267,26 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
     """All students; one that was interrupted goes on from its checkpoint.
 
     Raises:
-        ValueError: fewer images than the diversity is measured on, or no measurement.
+        ValueError: fewer images, or samples of a tilted law, than the diversity is measured on; no measurement;
+            what is on the disk is of other settings, another map or another reward.
     """
     check_count(config.finetune_every, "finetune_every")
     least = min(config.finetune_samples, len(rung.data.train))
     if not 2 <= config.finetune_vendi <= least:
         raise ValueError(f"finetune_vendi must be between 2 and {least} images, got {config.finetune_vendi}")
-    second = train_classifier(config, rung.data.judge, config.finetune_second_steps, stage=60).requires_grad_(False)
+    second = train_classifier(
+        config, rung.data.judge, config.finetune_second_steps, stage=60, seed=stream_of(config, 60)
+    ).requires_grad_(False)
     gauge = gauge_of(config, rung, second)
+    aims = {strength: tilted(config, rung, gauge, strength) for strength in STRENGTHS}  # refused before any training
+    tag = tag_of(config, Settings, rung.X, rung.classifier, second)
     base = sampled(config, rung.X)
     images, start = [base], gauge(base)
     strengths: dict[str, Any] = {}
     for strength in STRENGTHS:
-        x, curve = tuned(config, rung, gauge, strength)
+        x, curve = tuned(config, rung, gauge, strength, tag)
         images.append(x)
-        strengths[f"{strength:g}"] = {"curve": {"0": start} | curve, "tilted": tilted(config, rung, gauge, strength)}
+        strengths[f"{strength:g}"] = {"curve": {"0": start} | curve, "tilted": aims[strength]}
     result = {
         "steps": config.finetune_steps,
         "samples": config.finetune_samples,
@@ -370,7 +413,8 @@ def words(result: dict[str, Any]) -> str:
         "measured on the way. The second classifier, like the judge, was trained on images that the reward's did not "
         f"see; it is right on {100 * result['second']['accuracy']:.1f} % of the training images. The law aimed at is "
         "known from the training images, weighted by e^{λ r}: a student is at its goal when it has that law's numbers, "
-        "not when a reward is as large as possible."
+        "not when a reward is as large as possible. Its Vendi score is that of exact samples: training images that are "
+        "accepted with a probability proportional to e^{λ r}."
     )
     return "\n\n".join(
         [text, *(verdict(strength, facts) for strength, facts in strengths.items()), observed(strengths)]

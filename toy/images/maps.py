@@ -4,7 +4,7 @@
 - `base`: plain flow matching, E13 in the empty context. Its drift is what GLASS and SDE rollouts use.
 - `teacher`: goes on from the weights of the base, E13 + E14 with E12 of the base drift wherever v_{s,s} is needed.
 
-Each map gets the same processor time, by the costs of a step that `benchmarks/objectives.py` measures: 1 for flow
+Each map gets about the same processor time, by the costs of a step that `benchmarks/objectives.py` counts: 1 for flow
 matching, 1.33 for the two from data, 2 for the teacher's. The base takes 0.4 of the teacher's time.
 """
 

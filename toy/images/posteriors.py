@@ -1,43 +1,48 @@
 """The stage "Posteriors": noised held-out images, and what each sampler takes for the clean one.
 
-Three questions, each at several times t, of one Meta Flow Map and of rollouts of the base drift, by evaluations of a
-network: how far recovered images are from clean ones (the squared Fréchet distance in the classifier's features),
-whether draws are calibrated, and whether V̂ (E15) agrees with a long SDE rollout. Writes posteriors.png, recovery.png
-and, in out/posteriors, each finished piece, so that a run that was killed goes on.
+Three questions, each at several times t, of one Meta Flow Map and of rollouts of a drift, by evaluations of a network:
+how far recovered images are from clean ones (the squared Fréchet distance in the classifier's features), whether draws
+are calibrated, and whether V̂ (E15) agrees with a long SDE rollout. Rollouts are those of the base drift, unless it is
+said that they are of the map's own. Writes posteriors.png, recovery.png and, in out/checkpoints/posteriors, each
+finished piece, so that a run that was killed goes on.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import operator
 from collections.abc import Callable
 from functools import partial
-from statistics import fmean
+from statistics import fmean, pvariance
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mfm_ref import MetaFlowMap, denoiser, frechet_distance, interpolate, sample_posterior, sde_rollout, value
+from mfm_ref import FlowMap, MetaFlowMap, denoiser, frechet_distance, interpolate, sample_posterior, sde_rollout, value
 from mfm_ref.alignment import rewards_of
 from mfm_ref.baselines import GlassRollout, by_rows
 from mfm_ref.estimators import log_mean_exp
 from mfm_ref.figures import new_figure, save_figure
-from mfm_ref.files import save_json
+from mfm_ref.files import load_json, save_json
 from mfm_ref.sampling import noise_like
-from toy.common import ToyConfig, option, read_result, stream_of
+from toy.common import ToyConfig, option, stream_of
 from toy.digits import psnr
 from toy.images.data import Images
-from toy.images.posteriors_report import draw_recovery, section
+from toy.images.maps import BASE_SHARE
+from toy.images.posteriors_report import ROLLOUTS, draw_recovery, section
 from toy.images.rung import Rung
+from toy.images.samples import tag_of
 from toy.images.section import mosaic
 
 TIMES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
 COMPARED = (0.1, 0.4, 0.8)  # the times at which all maps are compared
 STEPS = (1, 2, 4, 8)  # evaluations of the map for one draw
-DRAWS = (1, 4, 16, 64, 200)  # posterior draws in V̂, as far as the long rollout has as many particles
+DRAWS = (1, 4, 16, 64, 192)  # posterior draws in V̂, as far as the long rollout has as many particles
 COMPARED_DRAWS = 16  # in V̂ of every map
-GLASS_STEPS = (8, 32)  # of each draw in V̂ by GLASS rollouts; the number of draws follows from the evaluations
+# Steps of each draw in V̂ by GLASS rollouts. They divide those of DRAWS that are larger: as many evaluations, fewer draws.
+GLASS_STEPS = (8, 32)
 JUDGED = 2000  # draws that the judge classifies, at most: it is slow
 PICTURED = 4  # images in the picture
 STATES, SAMPLERS, VALUE_STATES, VALUES, REFERENCE, CONTROL, PICTURE = range(20, 27)  # streams of random numbers
@@ -52,12 +57,15 @@ class Settings(ToyConfig):
     """Settings of the stage; the defaults take about 10 minutes of one core for digits."""
 
     posterior_images: int = option(500, "held-out images that are noised and recovered, at most")
-    posterior_repeats: int = option(4, "noisy states of each, which show how sure a distance is")
+    posterior_repeats: int = option(
+        4, "noisy states of each image; images and network stay the same, so they show the noise's share of the "
+        "uncertainty only",
+    )  # fmt: skip
     posterior_evaluations: int = option(32, "most evaluations of a rollout in the comparison, a power of 2")
-    posterior_draws: int = option(8, "for the calibration, of each image")
+    posterior_draws: int = option(8, "posterior draws for each image, for the calibration")
     posterior_contexts: int = option(20, "noisy states whose values are estimated, at each time; at least 3")
-    posterior_steps: int = option(200, "of the long SDE rollouts, which the values are compared with")
-    posterior_particles: int = option(200, "of the long SDE rollouts")
+    posterior_steps: int = option(200, "steps of the long SDE rollouts, with which estimated values are compared")
+    posterior_particles: int = option(200, "long SDE rollouts from each noisy state")
     posterior_value_repeats: int = option(8, "estimates of each value by each method")
     posterior_rows: int = option(2048, "most images in one call of a network")
 
@@ -90,9 +98,9 @@ def of_sde(rung: Rung, steps: int) -> Sampler:
     return lambda t, x, rng: sde_rollout(rung.base.drift, t, x, 1, steps, generator=rng)[0]
 
 
-def glass(rung: Rung, steps: int) -> GlassRollout:
-    """GLASS rollouts of the base drift, as a map."""
-    return GlassRollout(rung.base.drift, rung.X.shape, steps, rung.X.dtype, rung.X.device)
+def glass(base: FlowMap, steps: int) -> GlassRollout:
+    """GLASS rollouts of the unconditional drift b_t of a map, as a map."""
+    return GlassRollout(base.drift, base.shape, steps, base.dtype, base.device)
 
 
 def draw(config: Settings, sampler: Sampler, t: float, x: Tensor, n: int, rng: torch.Generator) -> Tensor:
@@ -161,11 +169,12 @@ def distances(config: Settings, rung: Rung, samplers: dict[str, Sampler], t: flo
 
 
 def recovery(config: Settings, rung: Rung, t: float) -> dict[str, Any]:
-    """`distances` of the map and of rollouts, by kind and evaluations."""
+    """`distances` by kind and evaluations: the map, rollouts of the base drift, "own" of the map's drift b_t."""
     samplers = {f"mfm {k}": of_map(rung.X, k) for k in STEPS}
     for k in rollout_counts(config):
-        samplers |= {f"glass {k}": of_map(glass(rung, k)), f"sde {k}": of_sde(rung, k)}
-    found: dict[str, Any] = {kind: {} for kind in ("mfm", "glass", "sde")}
+        samplers |= {f"glass {k}": of_map(glass(rung.base, k)), f"own {k}": of_map(glass(rung.X, k))}
+        samplers[f"sde {k}"] = of_sde(rung, k)
+    found: dict[str, Any] = {kind: {} for kind in ("mfm", *ROLLOUTS)}
     for name, by_repeat in distances(config, rung, samplers, t).items():
         kind, evaluations = name.split()
         found[kind][evaluations] = by_repeat
@@ -244,13 +253,13 @@ def values(config: Settings, rung: Rung, t: float) -> dict[str, Any]:
         found["mfm"][str(n)] = estimates(config, rung, rung.X, n, t)
         for most in GLASS_STEPS:
             steps = min(n, most)
-            found[f"glass {most}"][str(n)] = estimates(config, rung, glass(rung, steps), n // steps, t)
+            found[f"glass {most}"][str(n)] = estimates(config, rung, glass(rung.base, steps), n // steps, t)
     return found
 
 
 def draw_counts(config: Settings) -> list[int]:
     """Numbers of draws in V̂."""
-    return sorted({min(n, config.posterior_particles) for n in DRAWS})
+    return [n for n in DRAWS if n <= config.posterior_particles]
 
 
 def measure_map(config: Settings, rung: Rung, X: MetaFlowMap, t: float) -> dict[str, Any]:
@@ -262,7 +271,7 @@ def measure_map(config: Settings, rung: Rung, X: MetaFlowMap, t: float) -> dict[
 
 def measure_rollout(config: Settings, rung: Rung, t: float) -> dict[str, Any]:
     """The distance and the checks of the longest GLASS rollout."""
-    longest = glass(rung, config.posterior_evaluations)
+    longest = glass(rung.base, config.posterior_evaluations)
     return {"distance": distances(config, rung, {"1": of_map(longest)}, t), **checks(config, rung, longest, t)}
 
 
@@ -294,7 +303,7 @@ def matches(found: dict[str, Any]) -> dict[str, Any]:
         return {int(k): pick(by_repeat) for k, by_repeat in found[kind].items()}
 
     return {
-        str(k): {kind: [worth(curve("mfm", pick)[k], curve(kind, pick)) for pick in picks] for kind in ("glass", "sde")}
+        str(k): {kind: [worth(curve("mfm", pick)[k], curve(kind, pick)) for pick in picks] for kind in ROLLOUTS}
         for k in STEPS[:2]
     }
 
@@ -305,43 +314,67 @@ def pearson(a: list[float], b: list[float]) -> float:
     return float(r.nan_to_num(0.0))
 
 
-def correlations(by_time: dict[str, list[list[float]]], reference: dict[str, list[float]]) -> dict[str, float]:
+def jackknife(runs: list[list[float]], reference: list[float]) -> float:
+    """Standard error, by leaving out each state in turn, of the mean Pearson r of estimates `(repeats, states)`."""
+    n = len(reference)
+
+    def without(i: int, numbers: list[float]) -> list[float]:
+        return numbers[:i] + numbers[i + 1 :]
+
+    r = [fmean(pearson(without(i, one), without(i, reference)) for one in runs) for i in range(n)]
+    return ((n - 1) * pvariance(r)) ** 0.5
+
+
+def correlations(by_time: dict[str, list[list[float]]], reference: dict[str, list[float]]) -> dict[str, Any]:
     """Pearson r of estimates `(repeats, states)` with the reference, by time and over all, the mean over repeats.
 
-    `error` is the root mean square difference over all times, in which, unlike in r, a bias counts.
+    `jackknife` has the standard errors of those by time. `error` is the root mean square difference over all times, in
+    which, unlike in r, a bias counts.
     """
     truth = list(itertools.chain(*(reference[t] for t in by_time)))
     together = [list(itertools.chain(*one)) for one in zip(*by_time.values(), strict=True)]
     found = {t: fmean([pearson(one, reference[t]) for one in runs]) for t, runs in by_time.items()}
     squares = [(a - b) ** 2 for one in together for a, b in zip(one, truth, strict=True)]
-    return found | {"all": fmean([pearson(one, truth) for one in together]), "error": fmean(squares) ** 0.5}
+    return {
+        **found,
+        "jackknife": {t: jackknife(runs, reference[t]) for t, runs in by_time.items()},
+        "all": fmean([pearson(one, truth) for one in together]),
+        "error": fmean(squares) ** 0.5,
+    }
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
-def kept(config: Settings, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A piece of the result; it is kept in out/posteriors."""
-    path, settings = config.out / "posteriors" / f"{name}.json", repr(settings_of(config))
-    if (known := read_result(path, settings)) is None:
-        known = make()
-        save_json({"settings": settings, **known}, path)
-    return known
+Make = Callable[[], dict[str, Any]]
 
 
-def settings_of(config: Settings) -> dict[str, Any]:
-    """What the pieces depend on: the data, the training and this stage."""
-    names = ("seed", "fast", "dataset", "map")
-    return {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k in names or (k.startswith(("train_", "posterior_")) and k != "train_maps")
-    }
+def kept(config: Settings, name: str, tag: str, make: Make) -> dict[str, Any]:
+    """A piece of the result; it is kept in out/checkpoints/posteriors, and its file's name has a hash of the tag."""
+    digest = hashlib.sha256(tag.encode()).hexdigest()[:16]
+    path = config.out / "checkpoints" / "posteriors" / f"{name.replace(' ', '-')}-{digest}.json"
+    if not path.exists():
+        save_json(make(), path)
+    return load_json(path)
 
 
-def pieces(config: Settings, rung: Rung) -> dict[str, Callable[[], dict[str, Any]]]:
-    """All that is measured, by name."""
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {"floor": partial(floor, config, rung)}
+def pieces(config: Settings, rung: Rung) -> dict[str, tuple[str, Make]]:
+    """All that is measured, by name, each with the tag of what it depends on."""
+    networks = [rung.base, rung.classifier]
+    tag = tag_of(config, Settings, *networks, rung.X)
+    found = {name: (tag, make) for name, make in main_pieces(config, rung).items()}
+    tags = {name: tag_of(config, Settings, *networks, X) for name, X in rung.maps.items()}
+    rollout_tag = tag_of(config, Settings, *networks)
+    for t in COMPARED:
+        found[f"rollout {t}"] = rollout_tag, partial(measure_rollout, config, rung, t)
+        for name, X in rung.maps.items():
+            found[f"map {name} {t}"] = tags[name], partial(measure_map, config, rung, X, t)
+    return found
+
+
+def main_pieces(config: Settings, rung: Rung) -> dict[str, Make]:
+    """What is measured of one map and of rollouts."""
+    jobs: dict[str, Make] = {"floor": partial(floor, config, rung)}
     for t in TIMES:
         jobs[f"recovery {t}"] = partial(recovery, config, rung, t)
         jobs[f"checks {t}"] = partial(checks, config, rung, rung.X, t)
@@ -349,10 +382,6 @@ def pieces(config: Settings, rung: Rung) -> dict[str, Callable[[], dict[str, Any
         jobs[f"reference {t}"] = partial(long_rollout, config, rung, REFERENCE, t)
         jobs[f"control {t}"] = partial(long_rollout, config, rung, CONTROL, t)
         jobs[f"values {t}"] = partial(values, config, rung, t)
-    for t in COMPARED:
-        jobs[f"rollout {t}"] = partial(measure_rollout, config, rung, t)
-        for name, X in rung.maps.items():
-            jobs[f"map {name} {t}"] = partial(measure_map, config, rung, X, t)
     return jobs
 
 
@@ -365,12 +394,15 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
     """
     check_settings(config, rung)
     jobs = tqdm(pieces(config, rung).items(), desc="posteriors", leave=False)
-    found = {name: kept(config, name.replace(" ", "-"), make) for name, make in jobs}
+    found = {name: kept(config, name, tag, make) for name, (tag, make) in jobs}
     late = [str(t) for t in TIMES[1:]]
     reference = {t: found[f"reference {t}"]["value"] for t in late}
     result: dict[str, Any] = {
         "images": recovered_count(config, rung),
+        "states": len(reference[late[0]]),
         "seen": others(rung) is rung.data.train,
+        "judge_knows": rung.data.judge is rung.data.held_out,
+        "base_share": BASE_SHARE,
         "floor": found["floor"],
         "distance": {str(t): found[f"recovery {t}"] for t in TIMES},
         "worth": {str(t): matches(found[f"recovery {t}"]) for t in TIMES},
@@ -405,10 +437,10 @@ def check_settings(config: Settings, rung: Rung) -> None:
 
 
 def compared(found: dict[str, Any], name: str, reference: dict[str, list[float]]) -> dict[str, Any]:
-    """What was measured of one map, by time, with V̂ as its correlation."""
+    """What was measured of one map, by time, with V̂ as its correlation and the standard error of that."""
     by_time = {str(t): dict(found[f"map {name} {t}"]) for t in COMPARED}
     r = correlations({t: piece.pop("values") for t, piece in by_time.items()}, reference)
-    return {t: piece | {"r": r[t]} for t, piece in by_time.items()}
+    return {t: piece | {"r": r[t], "r_error": r["jackknife"][t]} for t, piece in by_time.items()}
 
 
 # ---- pictures --------------------------------------------------------------------------------------------
@@ -436,7 +468,7 @@ def draw_posteriors(config: Settings, rung: Rung) -> None:
         x = interpolate(noise_like(rung.X, len(clean), generator=rng), clean, t)
         eps = noise_like(rung.X, 4, len(clean), generator=rng)
         many = [sample_posterior(rung.X, t, x, 4, steps, eps=eps) for steps in (1, 4)]
-        glasses = [sample_posterior(glass(rung, k), t, x, 1, eps=eps[:1])[0] for k in counts]
+        glasses = [sample_posterior(glass(rung.base, k), t, x, 1, eps=eps[:1])[0] for k in counts]
         ends = sde_rollout(rung.base.drift, t, x, 3, counts[-1], generator=rng)
         groups = [torch.stack([clean, x]), *many, torch.stack(glasses), ends]
         for ax, group, title in zip(panel, groups, titles, strict=False):

@@ -9,9 +9,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from toy.images.section import Section, Table
 
-NAMES = {"mfm": "Meta Flow Map", "glass": "GLASS rollout", "sde": "SDE rollout"}
-LINES = {"mfm": "blue", "glass": "orange", "sde": "green"}
-ROLLOUTS = ("glass", "sde")
+NAMES = {
+    "mfm": "Meta Flow Map", "glass": "GLASS rollout", "own": "GLASS rollout of the map's drift", "sde": "SDE rollout",
+}  # fmt: skip
+PINK = "#CC79A7"  # of the palette that the other colours are from
+LINES = {"mfm": COLOURS["blue"], "glass": COLOURS["orange"], "own": PINK, "sde": COLOURS["green"]}
+ROLLOUTS = ("glass", "own", "sde")  # of the base drift, but "own"
 WORTH = {"1": "one evaluation", "2": "two evaluations"}  # of the map, set against those of rollouts
 NEAR = 1.1  # of the longest rollout's distance: as near as that
 
@@ -35,9 +38,7 @@ def draw_recovery(result: dict[str, Any], path: Path) -> None:
                 [m - min(numbers) for m, numbers in zip(middle, found.values(), strict=True)],
                 [max(numbers) - m for m, numbers in zip(middle, found.values(), strict=True)],
             ]
-            ax.errorbar(
-                list(found), middle, apart, fmt="o-", markersize=3, color=COLOURS[colour], label=NAMES[kind], capsize=2
-            )
+            ax.errorbar(list(found), middle, apart, fmt="o-", markersize=3, color=colour, label=NAMES[kind], capsize=2)
         ax.axhline(
             fmean(result["floor"]["others"]),
             color=COLOURS["grey"],
@@ -50,7 +51,7 @@ def draw_recovery(result: dict[str, Any], path: Path) -> None:
     for ax, t in zip(axes[1], [*times[1:], "all"], strict=True):
         for kind, label, colour in values_shown(result):
             by_n = {int(n): r[t] for n, r in result["values"][kind].items()}
-            ax.semilogx(list(by_n), list(by_n.values()), "o-", markersize=3, color=COLOURS[colour], label=label)
+            ax.semilogx(list(by_n), list(by_n.values()), "o-", markersize=3, color=colour, label=label)
         ax.axhline(result["ceiling"][t], color=COLOURS["grey"], linestyle="--", label="second long SDE rollout")
         ax.set(title="all times" if t == "all" else f"t = {float(t):g}", xlabel="evaluations of a value")
         plain_ticks(ax.xaxis, list(by_n))
@@ -63,7 +64,7 @@ def draw_recovery(result: dict[str, Any], path: Path) -> None:
 
 def values_shown(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Estimators of V̂: kind, name and colour."""
-    colours = iter(("orange", "red"))
+    colours = iter((COLOURS["orange"], COLOURS["red"]))
     names = {kind: NAMES["mfm"] if kind == "mfm" else f"GLASS, {kind.split()[1]} a draw" for kind in result["values"]}
     return [(kind, name, LINES["mfm"] if kind == "mfm" else next(colours)) for kind, name in names.items()]
 
@@ -79,7 +80,7 @@ def section(result: dict[str, Any]) -> Section:
     """The report's words, tables and pictures."""
     return Section(
         "Posteriors",
-        "\n\n".join([words_of_recovery(result), words_of_values(result)]),
+        "\n\n".join([words_of_recovery(result), words_of_checks(result), words_of_values(result)]),
         [distance_table(result), worth_table(result), checks_table(result), values_table(result), maps_table(result)],
         [
             (
@@ -91,7 +92,9 @@ def section(result: dict[str, Any]) -> Section:
             (
                 "recovery.png",
                 "Above: squared Fréchet distance of recovered to clean images; bars show the lowest and the highest "
-                "repeat. Below: Pearson r of V̂ with the value of a long SDE rollout.",
+                "repeat. The repeats share images and network, so the bars are the noise's share of the uncertainty "
+                "only. Below: Pearson r of V̂ with the value of a long SDE rollout; differences between times raise "
+                "that of all times.",
             ),
         ],
     )
@@ -101,8 +104,7 @@ def words_of_recovery(result: dict[str, Any]) -> str:
     """How the distances were measured, and how many evaluations of a rollout one and two of the map are worth."""
     settings = result["settings"]
     most = settings["posterior_evaluations"]
-    curves = {t: {int(k): fmean(v) for k, v in by["glass"].items()} for t, by in result["distance"].items()}
-    late = [t for t, curve in curves.items() if curve[1] <= NEAR * curve[most]]
+    late = [t for t, by in result["distance"].items() if all(is_flat(by[kind], most) for kind in ("glass", "own"))]
     counts = {
         f"{name}, {NAMES[kind]}": [by[k][kind][0] for t, by in result["worth"].items() if t not in late]
         for k, name in WORTH.items()
@@ -114,18 +116,25 @@ def words_of_recovery(result: dict[str, Any]) -> str:
         f"{settings['posterior_repeats']}). The squared Fréchet distance of recovered to clean images, in the features "
         "of the classifier, is then set against the evaluations of a network that a draw takes. How many of a rollout "
         f"come as near as those of the map, from lowest to highest over the times: {found or 'none'}. The paper "
-        "expects about thirty."
+        "expects about thirty. The rollouts do not have the same drift. That of the base is from plain flow matching "
+        f"only, with {result['base_share']:g} of the processor time of a map; the map's own drift, read off its "
+        "diagonal, is from the training that made the map, with all of that time. SDE rollouts are of the base."
     )
     if late:
         words += (
-            f" Left out are t = {', '.join(f'{float(t):g}' for t in late)}, where a rollout of one evaluation, the "
-            f"posterior's mean, is within a tenth of one of {most}: there is nothing to tell apart."
+            f" Left out are t = {', '.join(f'{float(t):g}' for t in late)}, where GLASS rollouts of one evaluation, "
+            f"the posterior's mean, are within a tenth of those of {most}: there is nothing to tell apart."
         )
     return words + (
         " Exact draws would not be at zero: at t = 0 they are as far from the clean images as "
         f"{'training' if result['seen'] else 'other'} images are ({fmean(result['floor']['others']):.3g}), and nearer "
         "at later times, where they resemble the image that was noised."
     )
+
+
+def is_flat(curve: dict[str, list[float]], most: int) -> bool:
+    """Whether one evaluation of a rollout is about as near as the most of them."""
+    return fmean(curve["1"]) <= NEAR * fmean(curve[str(most)])
 
 
 def span(numbers: list[float | None], most: int) -> str:
@@ -135,24 +144,47 @@ def span(numbers: list[float | None], most: int) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
+def words_of_checks(result: dict[str, Any]) -> str:
+    """What is to be seen in the checks."""
+    words = (
+        "Where draws are calibrated, their spread is the squared error of their mean, and the ratio in the table is 1."
+    )
+    if result["judge_knows"]:
+        words += (
+            " The judge was trained on these very held-out images: it finds the class of a clean image in draws that "
+            "are like it more often than a judge would that had not seen it."
+        )
+    return words
+
+
+def range_of(found: dict[str, Any]) -> str:
+    """The lowest and the highest r over the times."""
+    low, high = (pick(found[t] for t in found["jackknife"]) for pick in (min, max))
+    return f"{low:.2f} to {high:.2f}"
+
+
 def words_of_values(result: dict[str, Any]) -> str:
     """How the values were measured, and how they agree."""
     settings = result["settings"]
     by_n = result["values"]["mfm"]
-    few, *_, many = by_n
-    ceiling = result["ceiling"]["all"]
+    few, many = min(by_n, key=int), max(by_n, key=int)
+    ceiling = result["ceiling"]
+    lowest = min(ceiling[t] for t in ceiling["jackknife"])
+    sure = max(by_n[n]["jackknife"][t] for n in (few, many) for t in ceiling["jackknife"])
     rollouts = [kind for kind in result["values"] if kind != "mfm"]
     steps, mean_only = " or ".join(kind.split()[1] for kind in rollouts), result["values"][rollouts[0]][few]
     return (
-        f"V̂ (E15) of {settings['posterior_contexts']} noisy states at each time, under the class-mixture reward, is "
-        f"compared with the log of the mean of e^r over {settings['posterior_particles']} SDE rollouts of "
-        f"{settings['posterior_steps']} steps of the base drift. Over all times, r is {by_n[few]['all']:.3f} with "
-        f"{few} draw of the map and {by_n[many]['all']:.3f} with {many}; a second such rollout has {ceiling:.3f}, and "
-        f"an estimator without any error would have about √r, {max(ceiling, 0) ** 0.5:.3f}. GLASS rollouts have the "
-        f"same evaluations, in draws of up to {steps} each. Their first, of one evaluation, is the reward of the "
-        f"posterior's mean: it has no noise, r = {mean_only['all']:.3f}, but a bias that r does not see (root mean "
-        f"square errors: {mean_only['error']:.2f}, and {by_n[many]['error']:.2f} of the map with {many} draws). At t = "
-        "0 all states have the same posterior, so there is nothing to correlate: that time is left out."
+        f"V̂ (E15) of {result['states']} noisy states at each time, under the class-mixture reward, is compared with "
+        f"the log of the mean of e^r over {settings['posterior_particles']} SDE rollouts of "
+        f"{settings['posterior_steps']} steps of the base drift. From the lowest to the highest over the times, "
+        f"Pearson r is {range_of(by_n[few])} with {few} draw of the map and {range_of(by_n[many])} with {many} "
+        f"(standard errors of up to {sure:.2f}); a second such rollout has {range_of(ceiling)}, and an estimator without any "
+        f"error would have about √r, at least {max(lowest, 0) ** 0.5:.2f}. GLASS rollouts have the same evaluations, "
+        f"in draws of up to {steps} each. Their first, of one evaluation, is the reward of the posterior's mean: it "
+        f"has no noise, r is {range_of(mean_only)}, but a bias that r does not see (root mean square errors: "
+        f"{mean_only['error']:.2f}, and {by_n[many]['error']:.2f} of the map with {many} draws). The reference and the "
+        "GLASS rollouts are of the same base drift and share its errors; a map that was trained from images alone does "
+        "not. At t = 0 all states have the same posterior, so there is nothing to correlate: that time is left out."
     )
 
 
@@ -186,7 +218,8 @@ def worth_table(result: dict[str, Any]) -> Table:
     ]
     caption = (
         "Evaluations that come as near to the clean images: by the mean distances, and in brackets the lowest and the "
-        "highest of the repeats"
+        "highest of the repeats, which share images and network. Rollouts are of the base drift but where they are of "
+        "the map's."
     )
     return Table(caption, ["t =", *(f"{float(t):g}" for t in result["worth"])], rows)
 
@@ -200,19 +233,29 @@ def checks_table(result: dict[str, Any]) -> Table:
 
 def values_table(result: dict[str, Any]) -> Table:
     """Correlations by estimator and evaluations."""
-    times = list(result["ceiling"])
+    times = list(result["ceiling"]["jackknife"])
+
+    def cells(r: dict[str, Any]) -> list[str]:
+        return [*(plus_minus(r[t], r["jackknife"][t]) for t in times), f"{r['all']:.2f}", f"{r['error']:.2f}"]
+
     rows = [
-        [f"{label}, {n}", *(f"{r[t]:.2f}" for t in times)]
+        [f"{label}, {n}", *cells(r)]
         for kind, label, _ in values_shown(result)
         for n, r in result["values"][kind].items()
     ]
-    rows.append(["a second long SDE rollout", *(f"{result['ceiling'][t]:.2f}" for t in times)])
+    rows.append(["a second long SDE rollout", *cells(result["ceiling"])])
     caption = (
-        "Pearson r of V̂ with the value of a long SDE rollout, by evaluations of the network for one value; in the last "
-        "column the root mean square error of V̂, in which a bias counts too"
+        f"Pearson r of V̂ with the value of a long SDE rollout over {result['states']} states at each time, by "
+        "evaluations of the network for one value; ± is a standard error by a jackknife over the states. “All” takes "
+        "the times together, and differences between them raise it. In the last column the root mean square error of "
+        "V̂, in which a bias counts too."
     )
-    names = {"all": "all", "error": "error"}
-    return Table(caption, ["t =", *(names.get(t) or f"{float(t):g}" for t in times)], rows)
+    return Table(caption, ["t =", *(f"{float(t):g}" for t in times), "all", "error"], rows)
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A cell."""
+    return f"{value:.2f} ± {error:.2f}"
 
 
 def maps_table(result: dict[str, Any]) -> Table:
@@ -228,12 +271,16 @@ def maps_table(result: dict[str, Any]) -> Table:
     for name, by_time in result["maps"].items():
         for t, found in by_time.items():
             cells = [f"{fmean(found['distance'][k]):.3g}" for k in steps]
-            rows.append([name, f"{float(t):g}", *cells, *three_checks(found), f"{found['r']:.2f}"])
+            rows.append([name, f"{float(t):g}", *cells, *three_checks(found), plus_minus(found["r"], found["r_error"])])
     for t, found in result["rollout"].items():
         cells = [f"{fmean(found['distance']['1']):.3g}", *[""] * (len(steps) - 1)]
         name = f"GLASS rollout, {settings['posterior_evaluations']} evaluations"
         rows.append([name, f"{float(t):g}", *cells, *three_checks(found), ""])
-    return Table("Every map that was trained, with 1, 2 and 4 evaluations of a draw; the rest with 1", header, rows)
+    caption = (
+        "Every map that was trained, with 1, 2 and 4 evaluations of a draw; the rest with 1. Pearson r of V̂ is over "
+        f"{result['states']} states, ± a standard error by a jackknife over them."
+    )
+    return Table(caption, header, rows)
 
 
 def three_checks(found: dict[str, Any]) -> list[str]:

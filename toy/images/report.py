@@ -50,15 +50,29 @@ def write_report(config: DataSettings, results: dict[str, Record]) -> None:
         results: the record of each finished stage.
 
     Raises:
-        ValueError: no record at all.
+        ValueError: no record at all, or records that differ in a setting that they share, the map say.
     """
     if not results:
         raise ValueError(f"{config.out} must hold the result of a stage: run `python -m toy.mnist` first")
+    _check_alike(results)
     page = _page(config.out, results)
     save_json({"seconds": sum(r["seconds"] for r in results.values()), "stages": results}, config.out / "report.json")
     for name, text in {"report.html": page, "report.md": markdown_page(results)}.items():
         with atomic_path(config.out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _check_alike(results: dict[str, Record]) -> None:
+    """Refuse records of different runs."""
+    known: dict[str, tuple[str, Any]] = {}
+    for stage, record in results.items():
+        for name, value in record["settings"].items():
+            first, other = known.setdefault(name, (stage, value))
+            if other != value:
+                raise ValueError(
+                    f"results must be of one run: {name} is {other!r} in {first}.json and {value!r} in {stage}.json; "
+                    "remove one of them, or write elsewhere (--out)"
+                )
 
 
 def sections(results: dict[str, Record]) -> dict[str, Section]:

@@ -18,7 +18,7 @@ from toy.images.classifiers import (
     train_judge,
 )
 from toy.images.data import Split, load_images
-from toy.images.maps import names_of, train_all
+from toy.images.maps import names_of, new_network, train_all
 from toy.images.section import Section, Table
 from toy.images.settings import TrainSettings, training_settings
 
@@ -47,11 +47,14 @@ class Rung:
 
 def run(config: TrainSettings) -> dict[str, Any]:
     """The stage "train": the classifier and all maps, as far as they are not there yet."""
-    mark(config)
+    names_of(config)
     data = load_images(config.dataset, config.data or None, config.device)
+    new_network(config, data.train)  # what is wrong with the settings shows here, before anything is written
+    check_settings(config)
+    save_json({"settings": repr(training_settings(config))}, settings_file(config))
     path = classifier_file(config.out)
     if not path.exists():
-        save_weights(train_classifier(config, data.train, config.train_classifier_steps), path)
+        save_weights(train_classifier(config, data.train, config.train_classifier_steps, seed=config.seed), path)
     seconds = train_all(config)
     rung = load_rung(config)
     images = {"classifier": data.held_out, "judge": data.train if data.judge is data.held_out else data.held_out}
@@ -59,17 +62,26 @@ def run(config: TrainSettings) -> dict[str, Any]:
         "images": {"train": len(data.train), "judge": len(data.judge), "held_out": len(data.held_out)},
         "weights": sum(p.numel() for p in rung.X.parameters()),
         "accuracy": {name: accuracy_of(classify, images[name]) for name, classify in rung.classifiers.items()},
-        "map": config.map,
         "seconds": seconds,
     }
 
 
-def mark(config: TrainSettings) -> None:
-    """Write the settings of training into the folder. Raises ValueError where it holds maps of other settings."""
-    path, settings = config.out / "training.json", repr(training_settings(config))
-    if path.exists() and load_json(path).get("settings") != settings:
+def settings_file(config: TrainSettings) -> Path:
+    """Where the settings of training are."""
+    return config.out / "training.json"
+
+
+def check_settings(config: TrainSettings) -> None:
+    """Raise ValueError where the folder holds maps that were trained with other settings."""
+    path = settings_file(config)
+    if path.exists() and load_json(path).get("settings") != repr(training_settings(config)):
         raise ValueError(f"{path.parent} holds maps that were trained with other settings: write elsewhere (--out)")
-    save_json({"settings": settings}, path)
+
+
+def missing_parts(config: TrainSettings) -> list[str]:
+    """The files of training that are not there."""
+    maps = [folder_of(config.out, name) for name in ("base", *names_of(config))]
+    return [str(path) for path in (settings_file(config), classifier_file(config.out), *maps) if not path.exists()]
 
 
 def load_rung(config: TrainSettings) -> Rung:
@@ -78,17 +90,15 @@ def load_rung(config: TrainSettings) -> Rung:
     Raises:
         ValueError: nothing there, a part of it missing or damaged, maps of other settings or for other images.
     """
-    names = names_of(config)
-    paths = [classifier_file(config.out), *(folder_of(config.out, name) for name in ("base", *names))]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
+    if missing := missing_parts(config):
         raise ValueError(f"run `python -m toy.mnist train` with the same options first; missing: {', '.join(missing)}")
-    mark(config)
+    check_settings(config)
     data = load_images(config.dataset, config.data or None, config.device)
     shape = tuple(data.train.images.shape[1:])
     classifier = Classifier(shape)
-    fill_weights(classifier, read_weights(paths[0]), paths[0])
-    maps = {name: load_map(config, name, shape) for name in ("base", *names)}
+    path = classifier_file(config.out)
+    fill_weights(classifier, read_weights(path), path)
+    maps = {name: load_map(config, name, shape) for name in ("base", *names_of(config))}
     base = maps.pop("base")
     classifier = classifier.to(config.device).eval().requires_grad_(False)
     return Rung(data, classifier, train_judge(data.judge), base, maps[config.map], maps)
@@ -116,7 +126,6 @@ def section(result: dict[str, Any]) -> Section:
         f"{images['train']} images train the maps ({result['weights'] / 1e6:.2f} M weights) and the classifier of the "
         f"reward, which is right on {100 * accuracy['classifier']:.1f} % of {images['held_out']} held-out images. The "
         f"judge, a support vector machine, saw {images['judge']} others, and is right on "
-        f"{100 * accuracy['judge']:.1f} % of images that it did not see. The stages below use the map "
-        f"“{result['map']}”."
+        f"{100 * accuracy['judge']:.1f} % of images that it did not see."
     )
     return Section("Training", text, [Table("Minutes of training", ["network", "minutes"], rows)])

@@ -77,20 +77,20 @@ def tag_of(config: ToyConfig, kind: type[ToyConfig], *networks: nn.Module) -> st
 
 
 @torch.no_grad()
-def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of images `(B, …)`, a part of them at a time."""
     return torch.cat([function(part) for part in x.split(ROWS)])
 
 
 def judged(rung: Rung, x: Tensor, reward: Reward) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Classes, their distance to w, agreement of both classifiers, mean reward; and the classes `(B,)` by both."""
-    seen = {name: by_rows(classify, x) for name, classify in rung.classifiers.items()}
+    seen = {name: in_parts(classify, x) for name, classify in rung.classifiers.items()}
 
     def found(name: str) -> Classify:
         return lambda _: seen[name]
 
     facts = count_classes(x, {name: found(name) for name in seen})
-    return {"samples": len(x), **facts, "reward": float(by_rows(reward, x).mean())}, seen
+    return {"samples": len(x), **facts, "reward": float(in_parts(reward, x).mean())}, seen
 
 
 def bandwidth_of(x: Tensor) -> float:

@@ -22,13 +22,13 @@ class TrainSettings(DataSettings):
     train_maps: str = option("semigroup,mean_flow,teacher", "maps to train: semigroup, mean_flow, teacher")
     train_network: str = option("unet", "network of the maps: unet")
     train_channels: str = option("16,32", "channels of the U-Net's levels")
-    train_blocks: int = option(1, "residual blocks of a level")
+    train_blocks: int = option(1, "residual blocks of each level")
     train_patch: int = option(1, "side of the U-Net's patches, in pixels")
-    train_steps: int = option(6000, "of the semigroup law from data; the other maps get as much processor time")
-    train_batch: int = 256
-    train_lr: float = 2e-3
-    train_decay: float = option(0.999, "of the averaged weights")
-    train_classifier_steps: int = 1500
+    train_steps: int = option(6000, "steps of the semigroup law from data; other maps get about as much time")
+    train_batch: int = option(256, "images in a step")
+    train_lr: float = option(2e-3, "learning rate, at its highest")
+    train_decay: float = option(0.999, "decay of the averaged weights")
+    train_classifier_steps: int = option(1500, "steps of the reward's classifier")
 
 
 def training_settings(config: TrainSettings) -> dict[str, Any]:

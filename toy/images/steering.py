@@ -37,9 +37,9 @@ from toy.images.samples import (
     SHOWN,
     Method,
     bandwidth_of,
-    by_rows,
     drawn,
     grid_of,
+    in_parts,
     judged,
     shares,
     tag_of,
@@ -51,23 +51,24 @@ CONTROLLED = (4, 16)  # N of the estimator that uses both, an aside here
 BEST_OF = (4, 16)
 FAVOURITE = 9  # the class of the largest weight, whose images the diversity is measured on
 CURVES = {"gradient": ("MFM-G", "blue"), "stein": ("MFM-GF", "green"), "controlled": ("both", "orange")}
-REWEIGHTED = 5000  # training images at most that stand for p₁: the judge is slow
-EXPECTED = {"samples": 4096, "largest": 32, "steps": 50, "l2": 0.05}  # a full run, and what MFM-G is to reach in it
+REWEIGHTED = 5000  # real images at most that stand for p₁: the judge is slow
+LONGER = 4  # times as many steps of DPS, once: its steps cost less than those with draws, and its ODE is stiff
+EXPECTED = {"samples": 4096, "largest": 32, "steps": 500, "l2": 0.05}  # the paper's run; what MFM-G is to reach in it
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ToyConfig):
     """Of the stage; the defaults take about 25 minutes of one core on digits."""
 
-    steer_samples: int = option(4096, "without steering, by DPS, and by MFM-G at the largest N")
-    steer_few: int = option(768, "by every other method but SMC")
+    steer_samples: int = option(4096, "samples without steering, by DPS, and by MFM-G at the largest N")
+    steer_few: int = option(768, "samples by every other method but SMC")
     steer_batch: int = option(256, "samples drawn at once and then kept on the disk")
-    steer_steps: int = option(50, "of each ODE, of Best-of-N and of SMC")
-    steer_largest: int = option(32, "largest number N of posterior draws per step; the others halve it down to 1")
-    steer_search_particles: int = option(4, "of each search")
-    steer_search_draws: int = option(16, "of each particle of a search, in each step")
-    steer_search_steps: int = option(16, "of each search")
-    steer_smc_particles: int = option(64, "of one population of SMC")
+    steer_steps: int = option(50, "steps of each ODE, of Best-of-N and of SMC")
+    steer_largest: int = option(32, "largest number N of posterior draws per step, a power of 2; the others halve it")
+    steer_search_particles: int = option(4, "particles of each search")
+    steer_search_draws: int = option(16, "posterior draws of each particle of a search, in each step")
+    steer_search_steps: int = option(16, "steps of each search")
+    steer_smc_particles: int = option(64, "particles of one population of SMC")
     steer_smc_seeds: int = option(20, "populations of SMC")
     steer_vendi: int = option(100, "images of class 9 whose diversity is measured")
 
@@ -82,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steer_samples": 512, "steer_few": 256, "steer_batch": 64, "steer_steps": 25, "steer_largest": 16,
         "steer_vendi": 50,
     },
-    "full": {"steer_batch": 1024},
+    "full": {"steer_few": 4096, "steer_batch": 1024, "steer_steps": 500},
 }  # fmt: skip
 
 
@@ -94,10 +95,10 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
     X, reward, steps = rung.X, rung.reward, config.steer_steps
     all_of_them, few = config.steer_samples, min(config.steer_few, config.steer_samples)
     x0 = noise_like(X, all_of_them, generator=generator(config, 30))
-    counts = [2**k for k in range(int(math.log2(config.steer_largest)) + 1)]
+    counts = counts_of(config)
     m, p = config.steer_search_particles, config.steer_smc_particles
 
-    def along(kind: str, n: int) -> Draw:
+    def along(kind: str, n: int, steps: int = steps) -> Draw:
         return lambda rows, rng: steer(
             X, reward, len(rows), n=n, steps=steps, method=kind, x0=x0[rows.start : rows.stop], memory=MEMORY,
             generator=rng,
@@ -115,6 +116,7 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
     return [
         method("unsteered", "unsteered", 0, unsteered(X, reward, x0, steps), all_of_them),
         method("DPS", "dps", 0, along("dps", 1), all_of_them),
+        method(f"DPS, {LONGER * steps} steps", "dps", 1, along("dps", 1, LONGER * steps)),
         *map(gradient, counts),
         *(method(f"MFM-GF, N = {n}", "stein", n, along("stein", n)) for n in counts),
         *(method(f"both, N = {n}", "controlled", n, along("controlled", n)) for n in CONTROLLED if n in counts),
@@ -122,6 +124,14 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
         *(method(f"best of {n}", "best", n, best(n)) for n in BEST_OF),
         method(f"SMC, {p} particles", "smc", p, population(X, reward, steps), p * config.steer_smc_seeds, p),
     ]
+
+
+def counts_of(config: Settings) -> list[int]:
+    """1, 2, 4, … N. Raises ValueError unless the largest is a power of 2."""
+    largest = config.steer_largest
+    if largest < 1 or largest & (largest - 1):
+        raise ValueError(f"steer_largest must be a power of 2, got {largest}")
+    return [2**k for k in range(largest.bit_length())]
 
 
 def searched(config: Settings, X: FlowMap, reward: Reward) -> Draw:
@@ -187,15 +197,22 @@ def real_nines(config: Settings, rung: Rung) -> Tensor:
 
 
 def reweighted(config: Settings, rung: Rung, nines: Tensor, bandwidth: float) -> dict[str, Any]:
-    """p* ∝ p₁ e^r from the training images: resampled by e^r, and seen by both classifiers."""
-    data = Images(rung.data.train.images[:REWEIGHTED], rung.data.train.classes[:REWEIGHTED])
-    r = by_rows(rung.reward, data.images)
+    """p* ∝ p₁ e^r from real images: resampled by e^r, and seen by both classifiers.
+
+    These are held-out images, which neither classifier was trained on; the training images where the judge was.
+    """
+    seen = rung.data.judge is rung.data.held_out
+    real = rung.data.train if seen else rung.data.held_out
+    images = real.blur(real.images[:REWEIGHTED], generator(config, 34))
+    data = Images(images, real.classes[:REWEIGHTED])
+    r = in_parts(rung.reward, data.images)
     facts, _ = judged(rung, data.images[systematic(r, generator=generator(config, 33))], rung.reward)
     true = tilted_frequencies(data, rung.reward)
     return {
         **facts,
         "true": {"frequencies": true, "l2": float((torch.tensor(true, dtype=torch.float64) - CLASS_WEIGHTS).norm())},
         "ess": effective_share(r.double()),
+        "images": "training" if seen else "held-out",
         "agreement_unweighted": judged(rung, data.images, rung.reward)[0]["agreement"],
         "vendi": diversity(nines, config.steer_vendi, bandwidth),
     }
@@ -247,7 +264,8 @@ def draw_steering(config: Settings, result: dict[str, Any]) -> None:
         heights, place = row["judge"]["frequencies"], classes + 0.17 * (k - 2)
         bars.bar(place, heights, width=0.16, color=COLOURS[colour], label=row["label"])
     bars.set(xticks=classes, xlabel="class, as the judge sees it", ylabel="frequency", title="Class frequencies")
-    bars.legend(loc="upper left", fontsize=7)
+    bars.set_ylim(0, 1.3 * bars.get_ylim()[1])  # room for the legend
+    bars.legend(loc="upper left", fontsize=7, ncols=3)
     draw_curves(curves, result)
     figure.suptitle(f"Steered to the classes 1, 3, 5, 7, 9 with weights 1 : 1 : 2 : 2 : 4, {result['steps']} steps")
     save_figure(figure, config.out / "steering.png")
@@ -319,7 +337,10 @@ def section(result: dict[str, Any]) -> Section:
             ["method", *map(str, range(len(result["target"])))],
             [
                 ["target w", *shares(result["target"])],
-                ["p*, training images, true classes", *shares(result["reweighted"]["true"]["frequencies"])],
+                [
+                    f"p*, {result['reweighted']['images']} images, true classes",
+                    *shares(result["reweighted"]["true"]["frequencies"]),
+                ],
                 *([row["label"], *shares(row["judge"]["frequencies"])] for row in rows.values()),
             ],
         ),
@@ -360,7 +381,17 @@ def target(result: dict[str, Any]) -> list[str]:
     found = result["reweighted"]
     judged = (f"{found[name]['l2']:.3f}" for name in ("classifier", "judge"))
     agreement = f"{100 * found['agreement']:.1f} %"
-    return ["p*, training images", "", *judged, "", agreement, f"{found['reward']:.2f}", number(found["vendi"]), "", ""]
+    return [
+        f"p*, {found['images']} images",
+        "",
+        *judged,
+        "",
+        agreement,
+        f"{found['reward']:.2f}",
+        number(found["vendi"]),
+        "",
+        "",
+    ]
 
 
 def number(value: float | None) -> str:
@@ -379,7 +410,7 @@ def words(result: dict[str, Any]) -> str:
         f"""{best["label"]} has an L₂ distance to w of {l2:.3f} by the classifier of the reward and of
         {best["judge"]["l2"]:.3f} by the judge, with {best["samples"]} samples; as many true draws of w have
         {best["floor"]:.3f}, samples without steering {base["classifier"]["l2"]:.3f} and {base["judge"]["l2"]:.3f}.
-        Expected was at most {EXPECTED["l2"]} by the classifier: {"found" if l2 <= EXPECTED["l2"] else "not found"}.
+        {expectation(best)}
         {stein["label"]}, without a gradient, has {stein["classifier"]["l2"]:.3f} and {stein["judge"]["l2"]:.3f} with
         {stein["samples"]} samples (true draws: {stein["floor"]:.3f}); at N = 1 it does not steer, as one weight says
         nothing.""",
@@ -391,7 +422,15 @@ def words(result: dict[str, Any]) -> str:
         real ones. A dash means that a method has fewer of them. An evaluation is one pass of the map or the reward,
         forward or backward, for one image.""",
     )
-    return " ".join(" ".join(paragraphs).split())
+    return "\n\n".join(" ".join(part.split()) for part in paragraphs if part)
+
+
+def expectation(best: dict[str, Any]) -> str:
+    """Whether MFM-G reaches what is expected of it, where so many samples can tell."""
+    aim, l2 = EXPECTED["l2"], best["classifier"]["l2"]
+    if best["floor"] > aim / 2:
+        return f"Expected of a full run is at most {aim}, which so few samples cannot tell from more."
+    return f"Expected was at most {aim} by the classifier: {'found' if l2 <= aim else 'not found'}."
 
 
 def others(result: dict[str, Any]) -> str:
@@ -400,29 +439,31 @@ def others(result: dict[str, Any]) -> str:
     climbers = (row for row in result["methods"].values() if row["kind"] in ("search", "best"))
     listed = ", ".join(f"{row['judge']['l2']:.2f} ({row['label']})" for row in climbers)
     alone, part = smc_row["l2_of_parts"]["judge"], smc_row["part"]
-    return f"""w is not quite the law p* ∝ p₁ e^r: the true classes of the training images, weighted by e^r, have an L₂
-        of {found["true"]["l2"]:.3f} (effective sample size: {100 * found["ess"]:.0f} %). Search, with M × N draws a
-        step, and Best-of-N climb the reward and have no target law; by the judge their L₂ is {listed}. One population
+    return f"""w is not quite the law p* ∝ p₁ e^r: the true classes of {found["images"]} images, weighted by e^r, have
+        an L₂ of {found["true"]["l2"]:.3f} (effective sample size: {100 * found["ess"]:.0f} %). Search, with M × N
+        draws a step, and Best-of-N climb the reward and have no target law; by the judge their L₂ is {listed}. One population
         of {part} particles of SMC has {alone:.2f} on average, where {part} true draws have {floor(part):.2f}; all
         {smc_row["samples"] // part} together have {smc_row["judge"]["l2"]:.3f}."""
 
 
 def hacking(result: dict[str, Any]) -> str:
     """Whether the classifiers part ways where the reward is climbed."""
-    rows, real = result["methods"], result["reweighted"]["agreement_unweighted"]
+    rows, real = result["methods"], result["reweighted"]
+    seen = ", on which the reward's was trained" if real["images"] == "training" else ", which neither was trained on"
     best, least = largest_of(result, "gradient"), min(rows.values(), key=lambda row: row["agreement"])
     return f"""Reward hacking would show as images that the classifier of the reward alone takes for what they should
-        be. Both agree on {100 * real:.1f} % of the training images, on {100 * rows["unsteered-0"]["agreement"]:.1f} %
-        of samples without steering, on {100 * best["agreement"]:.1f} % of those of {best["label"]}, and least often on
+        be. Both agree on {100 * real["agreement_unweighted"]:.1f} % of {real["images"]} images{seen}, on
+        {100 * rows["unsteered-0"]["agreement"]:.1f} % of samples without steering,
+        on {100 * best["agreement"]:.1f} % of those of {best["label"]}, and least often on
         those of {least["label"]}: {100 * least["agreement"]:.1f} %."""
 
 
 def smaller(result: dict[str, Any]) -> str:
-    """How the run differs from a full one, in words; nothing where it does not."""
+    """How the run differs from the paper's, in words; nothing where it does not."""
     best = largest_of(result, "gradient")
     sizes = {"samples": result["samples"], "largest": best["n"], "steps": result["steps"]}
     named = {"samples": "samples", "largest": "as the largest N", "steps": "steps"}
     less = [f"{sizes[k]} {named[k]} in place of {EXPECTED[k]}" for k in sizes if sizes[k] < EXPECTED[k]]
-    few = f"All but DPS, {best['label']}, SMC and those without steering are {result['few']} samples."
+    few = f"All but the shorter DPS, {best['label']}, SMC and those without steering are {result['few']} samples."
     few = few if result["few"] < result["samples"] else ""
-    return (f"The run is smaller than a full one: {', '.join(less)}. " if less else "") + few
+    return (f"It is smaller than the paper's: {', '.join(less)}. " if less else "") + few
