@@ -13,7 +13,7 @@ import torch
 
 from mfm_ref import FlowMap, GaussianLikelihood, GaussianMixture
 from mfm_ref.networks import GaussianNetwork
-from toy.images import inverse
+from toy.images import inverse, inverse_report
 from toy.images.data import Images, Split
 from toy.images.rung import Rung
 from toy.images.section import Section
@@ -239,13 +239,71 @@ def test_a_method_that_diverges_is_named_so(result, rung, cases, monkeypatch):
         assert all(len(row) == len(table.header) for row in table.rows)
 
 
+def test_samples_that_leave_the_images_have_diverged(result, rung, cases, monkeypatch):
+    config, _ = result
+    case = cases["inpainting, half"].first(2)
+    for size, kept in ((9.0, True), (11.0, False)):
+        x = torch.full((config.inverse_samples, 1, 8, 8), size)
+        monkeypatch.setattr(inverse, "steer", lambda *a, x=x, **k: (x, inverse.Cost(len(x))))
+        found = inverse.samples_of(dataclasses.replace(config, seed=8), rung.X, case, f"all {size}", "DPS", "")
+        assert (found is not None) == kept
+
+
 def test_words_follow_the_numbers(result):
     _, found = result
-    changed = json.loads(json.dumps(found))
+    changed = json.loads(json.dumps(found)) | {"images": 16, "jitter": 0.1, "pixels": 64, "judge_saw_them": False}
     facts = changed["tasks"]["inpainting, half"]
     facts["all"]["both, SDE"]["coverage"] |= {"0.5": [0.7, 0.05], "0.9": [0.91, 0.05]}
-    facts["all"]["DPS"] = facts["all"]["Gaussian"] | {"coverage": {"0.5": [0.1, 0.05]}}
-    text = inverse.verdict("inpainting, half", facts)
+    facts["all"]["DPS"] = facts["all"]["Gaussian"] | {"coverage": {"0.5": [0.1, 0.05], "0.9": [0.2, 0.05]}}
+    facts["open"] = 32
+    text = inverse.section(changed).text
     assert "central half of the samples more often than it should be (0.70)" in text
     assert "central 90 % as often as it should be, within two standard errors (0.91)" in text
-    assert "with DPS the central half has it less often than it should be" in text
+    assert "with DPS the central half has it less often than it should be (0.10)" in text
+    assert "inpainting, half 50%" in text
+    assert "noise of standard deviation 0.1" in text
+    assert "was trained on these very images" not in text
+    assert "was trained on these very images" in inverse.section(changed | {"judge_saw_them": True}).text
+
+
+def test_comparisons_are_counted(result):
+    _, found = result
+    changed = json.loads(json.dumps(found)) | {"images": 16}
+    for facts in changed["tasks"].values():
+        facts["all"]["DPS"] = facts["all"]["Gaussian"]
+    facts["all"]["DPS"] = None  # of the last task
+    section = inverse.section(changed)
+    text = section.text.split("\n\n", 2)[2]
+    made = text.count("than it should be (") + text.count("within two standard errors (")
+    assert made == 4 * 3 - 1
+    assert f"its level {made} times below" in section.text
+    assert "±" in section.tables[1].rows[0][2]
+
+
+def test_few_images_have_no_standard_errors(result):
+    _, found = result
+    assert found["images"] < inverse_report.ENOUGH
+    section = inverse.section(json.loads(json.dumps(found)))
+    assert "numbers stand alone, without a verdict" in section.text
+    assert "should be" not in section.text
+    assert "within the central half of the samples with frequency" in section.text
+    assert not any("±" in cell for table in section.tables for row in table.rows for cell in row)
+    assert "±" not in section.text
+    assert all("too few" in table.caption for table in section.tables[1:])
+
+
+def test_the_legend_names_methods_that_diverge_somewhere(result, monkeypatch):
+    config, found = result
+    changed = json.loads(json.dumps(found))
+    for facts in list(changed["tasks"].values())[:-1]:
+        facts["all"]["DPS"] = None
+    for facts in changed["tasks"].values():
+        facts["all"]["both, SDE"] = facts["all"]["Gaussian"]
+    changed["tasks"]["super-resolution"]["all"]["DPS"] = facts["all"]["Gaussian"]
+    figures = []
+    monkeypatch.setattr(inverse, "save_figure", lambda figure, path: figures.append(figure))
+    inverse.draw_calibration(config, changed)
+    legends = [ax.get_legend() for ax in figures[0].axes]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends if legend] == [
+        ["Gaussian", "both, SDE", "DPS"]
+    ]

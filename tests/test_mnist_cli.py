@@ -106,7 +106,7 @@ def test_a_finished_run_is_not_run_again(run, capsys, monkeypatch):
     main(["all", "--fast", "--out", str(run)])
     shown = capsys.readouterr().out
     assert shown.count("finished before") == len(STAGES)
-    assert "**Training.**" in shown
+    assert "report.html, or report.md beside it" in shown
     main(["steer", "--fast", "--out", str(run)])
     assert "steer: finished before" in capsys.readouterr().out
 
@@ -126,6 +126,17 @@ def test_a_stage_that_was_removed_is_run_again_with_the_same_numbers(run, tmp_pa
     main(["inverse", "--fast", "--out", str(copy)])
     again, before = (json.loads((folder / "inverse.json").read_text())["result"] for folder in (copy, run))
     assert without_seconds(again) == without_seconds(before)
+
+
+def test_a_lost_part_of_training_is_made_again(run, tmp_path, capsys):
+    copy = copy_without_steer(run, tmp_path / "copy")
+    weights = (copy / "maps" / "semigroup" / "model.safetensors").read_bytes()
+    shutil.rmtree(copy / "maps" / "semigroup")
+    with pytest.raises(SystemExit, match=r"run `python -m toy.mnist train` .*missing: .*semigroup"):
+        main(["steer", "--fast", "--out", str(copy)])
+    main(["train", "--fast", "--out", str(copy)])
+    assert (copy / "maps" / "semigroup" / "model.safetensors").read_bytes() == weights
+    assert "finished before" not in capsys.readouterr().out
 
 
 def without_seconds(value):
@@ -168,6 +179,46 @@ def test_missing_data_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(SystemExit, match="fashion needs a folder"):
         main(["--fast", "--dataset", "fashion", "--out", str(out)])
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--train-maps", "tutor"], "train_maps must be some of semigroup, mean_flow, teacher"),
+        (["train", "--train-channels", "10,20"], "channels must be multiples of 8"),
+        (["train", "--map", "teacher", "--train-maps", "semigroup"], "map must be one of train_maps"),
+        (["train", "--device", "nowhere"], "device must be one that this torch computes on, got 'nowhere'"),
+    ],
+)
+def test_settings_of_training_that_make_no_sense_leave_nothing_behind(arguments, message, tmp_path):
+    with pytest.raises(SystemExit, match=f"toy.mnist: {message}"):
+        main([*arguments, "--fast", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["steer", "--steer-largest", "48"], "steer_largest must be a power of 2, got 48"),
+        (["steer", "--steer-largest", "0"], "steer_largest must be a power of 2, got 0"),
+        (["inverse", "--inverse-images", "1"], "inverse_images must be an integer >= 2"),
+        (["posteriors", "--posterior-evaluations", "3"], "posterior_evaluations must be a power of"),
+        (["finetune", "--finetune-vendi", "100000"], "finetune_vendi must be between"),
+    ],
+)
+def test_settings_of_a_stage_that_make_no_sense_are_refused(run, tmp_path, arguments, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / f"{arguments[0]}.json").unlink()
+    with pytest.raises(SystemExit, match=f"toy.mnist: {message}"):
+        main([*arguments, "--fast", "--out", str(copy)])
+
+
+def test_results_of_different_maps_make_no_report(run, tmp_path):
+    copy = copy_without_steer(run, tmp_path / "copy")
+    main(["steer", "--fast", "--map", "teacher", "--out", str(copy)])
+    with pytest.raises(SystemExit, match=r"of one run: map is 'semigroup' in posteriors.json and 'teacher' in steer"):
+        main(["report", "--out", str(copy)])
 
 
 def copy_without_steer(run: Path, folder: Path) -> Path:

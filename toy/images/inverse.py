@@ -4,7 +4,8 @@ Inpainting, deblurring and super-resolution differ in the matrix A alone: every 
 `GaussianLikelihood(A, y, σ)`, one call for each image. An image is one draw of p₁, so its exact posterior would have it
 among its samples as one more of them. That is what is checked: its rank among them is uniform, their variance is the
 squared error of their mean, each leaves the residual σ² that it leaves itself, and it has the class of a sample as
-often as two samples have one class. Writes inverse.png and inverse_calibration.png.
+often as two samples have one class. Writes inverse.png and inverse_calibration.png; the report's words and tables are
+in inverse_report.
 """
 
 import dataclasses
@@ -22,25 +23,26 @@ from mfm_ref.flow_map import MetaFlowMap
 from toy.common import ToyConfig, generator, option, stream_of
 from toy.digits import psnr
 from toy.images.classifiers import Classify
+from toy.images.inverse_report import CHOSEN, RIVAL, section
 from toy.images.rung import Rung
 from toy.images.samples import MEMORY, tag_of
-from toy.images.section import Section, Table, mosaic
+from toy.images.section import mosaic
+
+__all__ = ["PRESETS", "Settings", "run", "section"]
 
 FACTOR = 4  # of super-resolution, a side
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of central intervals
-REPORTED = ("0.5", "0.9")  # of these, in the tables
 JITTER = 0.1  # noise on samples and truth before they are ranked: pixels that are black for certain are no ties
-DIVERGED = 1e3  # a sample with a larger pixel is none
+DIVERGED = 10.0  # a sample with a larger pixel is none: those of images are in [−1, 1]
 PICTURED, SAMPLES = 2, 4  # images of each problem, and samples of each, in inverse.png
 
-METHODS = {  # name: method and dynamics of `steer`
+METHODS = {  # name: method and dynamics of `steer`; CHOSEN and RIVAL on all images, the others on a few
     "both, SDE": ("controlled", "sde"),
     "both, ODE": ("controlled", "ode"),
     "MFM-G, ODE": ("gradient", "ode"),
     "MFM-GF, ODE": ("stein", "ode"),
     "DPS": ("dps", "ode"),
 }
-CHOSEN, RIVAL = "both, SDE", "DPS"  # these two on all images, the others on a few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +50,10 @@ class Settings(ToyConfig):
     """Of the stage; the defaults take about 7 minutes of one core on digits."""
 
     inverse_images: int = option(16, "held-out images, each measured in every way")
-    inverse_samples: int = option(16, "of the posterior of each image")
+    inverse_samples: int = option(16, "samples of the posterior of each image")
     inverse_draws: int = option(32, "posterior draws per step, N; twice as many are worth more than twice the steps")
-    inverse_steps: int = option(25, "of the Doob SDE, or ODE")
-    inverse_dps_steps: int = option(200, "of DPS, whose steps cost less, and whose ODE is stiff")
+    inverse_steps: int = option(25, "steps of the steered SDE or ODE")
+    inverse_dps_steps: int = option(200, "steps of DPS: each costs less, and its ODE is stiff")
     inverse_compared: int = option(3, "images on which other estimators and dynamics are tried")
     inverse_sigma: float = option(0.1, "standard deviation of the measurement noise; pixels range over [-1, 1]")
     inverse_blur: float = option(1.0, "standard deviation of the blur, in pixels")
@@ -304,45 +306,69 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
     """
     for name in ("inverse_images", "inverse_samples", "inverse_compared"):
         check_count(getattr(config, name), name, 2)
-    compared = min(config.inverse_compared, config.inverse_images)
     tag = tag_of(config, Settings, rung.X)
     tasks: dict[str, Any] = {}
     shown: dict[str, list[Tensor]] = {}
     for task, case in measured(config, rung).items():
-        rng = generator(config, 52)
-        gaussian = case.gaussian_samples(config.inverse_samples, rng)
-        trivial = case.problem.trivial(case.y, rung.X.shape)
-        facts: dict[str, Any] = {"all": {"Gaussian": worth(case, gaussian, rung.judge, rng)}, "some": {}}
-        for name in METHODS:
-            part = case if name in (CHOSEN, RIVAL) else case.first(compared)
-            found = samples_of(config, rung.X, part, task, name, tag)
-            if name in (CHOSEN, RIVAL):
-                facts["all"][name] = None if found is None else worth(part, found[0], rung.judge, rng)
-            few = None if found is None else worth(case.first(compared), found[0][:compared], rung.judge, rng)
-            facts["some"][name] = None if few is None or found is None else few | cost_of(found[1])
-            if name == CHOSEN and found is not None:
-                shown[task] = columns_of(case, trivial, found[0])
-        tasks[task] = facts | {
-            "measurements": case.y.shape[1],
-            "open": int(case.open.sum()),
-            "psnr_trivial": psnr(trivial, case.truth),
-            "psnr_gaussian": psnr(case.means, case.truth),
-        }
+        tasks[task], columns = solved(config, rung, task, case, tag)
+        if columns:
+            shown[task] = columns
     result = {
         "images": config.inverse_images,
-        "compared": compared,
+        "compared": compared_of(config),
         "samples": config.inverse_samples,
         "draws": config.inverse_draws,
         "steps": config.inverse_steps,
         "dps_steps": config.inverse_dps_steps,
         "sigma": config.inverse_sigma,
         "blur": config.inverse_blur,
+        "factor": FACTOR,
+        "jitter": JITTER,
         "pixels": rung.X.shape[1] * rung.X.shape[2],
+        "judge_saw_them": rung.data.judge is rung.data.held_out,
         "tasks": tasks,
     }
     draw_images(config, shown)
     draw_calibration(config, result)
     return result
+
+
+def compared_of(config: Settings) -> int:
+    """Images on which all methods are tried."""
+    return min(config.inverse_compared, config.inverse_images)
+
+
+def solved(
+    config: Settings, rung: Rung, task: str, case: Measured, tag: str
+) -> tuple[dict[str, Any], list[Tensor] | None]:
+    """The numbers of one problem, and its columns of inverse.png; no columns where the chosen method diverges."""
+    rng, compared = generator(config, 52), compared_of(config)
+    gaussian = case.gaussian_samples(config.inverse_samples, rng)
+    trivial = case.problem.trivial(case.y, rung.X.shape)
+    everything: dict[str, Any] = {"Gaussian": worth(case, gaussian, rung.judge, rng)}
+    some: dict[str, Any] = {}
+    columns = None
+    for name in METHODS:
+        part = case if name in (CHOSEN, RIVAL) else case.first(compared)
+        found = samples_of(config, rung.X, part, task, name, tag)
+        x, cost = found or (None, None)
+        if name in (CHOSEN, RIVAL):
+            everything[name] = None if x is None else worth(part, x, rung.judge, rng)
+        if x is None or cost is None:
+            some[name] = None
+            continue
+        some[name] = worth(case.first(compared), x[:compared], rung.judge, rng) | cost_of(cost)
+        if name == CHOSEN:
+            columns = columns_of(case, trivial, x)
+    facts = {
+        "all": everything,
+        "some": some,
+        "measurements": case.y.shape[1],
+        "open": int(case.open.sum()),
+        "psnr_trivial": psnr(trivial, case.truth),
+        "psnr_gaussian": psnr(case.means, case.truth),
+    }
+    return facts, columns
 
 
 def cost_of(cost: Cost) -> dict[str, float]:
@@ -411,128 +437,7 @@ def draw_calibration(config: Settings, result: dict[str, Any]) -> None:
         below.set(xlabel="level of a central interval")
     axes[0, 0].set_ylabel("frequency over uniform")
     axes[1, 0].set_ylabel("share of truths inside")
-    axes[1, 0].legend(fontsize=7)
+    handles = {label: line for ax in axes[1] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[1, 0].legend(list(handles.values()), list(handles), fontsize=7)
     figure.suptitle("Is the truth within the posterior's spread as often as it should be?")
     save_figure(figure, config.out / "inverse_calibration.png")
-
-
-# ---- the report ----------------------------------------------------------------------------------------
-
-
-def section(result: dict[str, Any]) -> Section:
-    """The report's words about inverse problems."""
-    tables = [
-        Table(
-            "Peak signal-to-noise ratio, dB",
-            ["problem", "measurements", "A⁺y", "Gaussian mean", "DPS, mean", "mean of samples", "one sample"],
-            [psnr_row(task, facts) for task, facts in result["tasks"].items()],
-        ),
-        Table(
-            f"Calibration on {result['images']} images; exact posteriors have 1, 0.5, 0.9, 1 and two equal shares",
-            [
-                *("problem", "samples of", "spread over error", "coverage of 50 %", "coverage of 90 %", "residual"),
-                *("class of the truth", "two samples agree", "class among the samples"),
-            ],
-            [calibration_row(*row) for row in rows_of(result, "all")],
-        ),
-        Table(
-            f"Estimators and dynamics, on {result['compared']} of these images",
-            [
-                *("problem", "method", "PSNR of the mean", "spread over error", "coverage of 50 %"),
-                *("coverage of 90 %", "residual", "evaluations", "seconds per sample"),
-            ],
-            [method_row(*row) for row in rows_of(result, "some")],
-        ),
-    ]
-    pictures = [
-        (
-            "inverse.png",
-            "What was measured, and what is made of it; of a standard deviation, black is 0 and white 1",
-        ),
-        ("inverse_calibration.png", "Ranks of the truth among the samples, and coverage of central intervals"),
-    ]
-    return Section("Inverse problems", words(result), tables, pictures)
-
-
-def rows_of(result: dict[str, Any], part: str) -> list[tuple[str, str, dict[str, Any] | None]]:
-    """(problem, method, facts) of every row of a table."""
-    return [(task, name, found) for task, facts in result["tasks"].items() for name, found in facts[part].items()]
-
-
-def psnr_row(task: str, facts: dict[str, Any]) -> list[str]:
-    """One row of the first table."""
-    rival, chosen = facts["all"][RIVAL], facts["all"][CHOSEN]
-    values = [facts["psnr_trivial"], facts["psnr_gaussian"], rival and rival["psnr_mean"]]
-    values += [chosen and chosen[key] for key in ("psnr_mean", "psnr_single")]
-    cells = ["diverges" if value is None else f"{value:.1f}" for value in values]
-    return [task, str(facts["measurements"]), *cells]
-
-
-def with_error(pair: list[float]) -> str:
-    """A number and its standard error."""
-    return f"{pair[0]:.2f} ± {pair[1]:.2f}"
-
-
-def checks(found: dict[str, Any]) -> list[str]:
-    """Spread, coverages and residual."""
-    covered = [found["coverage"][level] for level in REPORTED]
-    return [with_error(pair) for pair in (found["spread_over_error"], *covered, found["residual"])]
-
-
-def calibration_row(task: str, name: str, found: dict[str, Any] | None) -> list[str]:
-    """One row of the second table."""
-    if found is None:
-        return [task, name, "diverges", *[""] * 6]
-    shares = [f"{found['classes'][key]:.2f}" for key in ("same", "pairs", "among")]
-    return [task, name, *checks(found), *shares]
-
-
-def method_row(task: str, name: str, found: dict[str, Any] | None) -> list[str]:
-    """One row of the third table."""
-    if found is None:
-        return [task, name, "diverges", *[""] * 6]
-    cost = [f"{found['evaluations']:.0f}", f"{found['seconds']:.2f}"]
-    return [task, name, f"{found['psnr_mean']:.1f}", *checks(found), *cost]
-
-
-def words(result: dict[str, Any]) -> str:
-    """What was done, and what the numbers of the chosen method say."""
-    text = (
-        f"{result['images']} held-out images, each measured as y = A x₁ + σ ξ with σ = {result['sigma']:g}: without a "
-        f"square of half the side (inpainting), without the right half, blurred by a Gaussian of standard deviation "
-        f"{result['blur']:g} (in pixels), and averaged {FACTOR} by {FACTOR}. "
-        "All of these are one call, `steer` with the log-likelihood of y as the reward, on the map of the other "
-        "stages: "
-        f"{result['samples']} samples for each image, {result['draws']} posterior draws a step, "
-        f"{result['steps']} steps of the Doob SDE. DPS gets {result['dps_steps']} steps. "
-        f"The Gaussian is N(mean, covariance) of the training images, whose posteriors have a closed form.\n\n"
-        "A measured image is a draw of its exact posterior, so among exact samples it would be one more. The pixels "
-        "that are judged are those whose Gaussian posterior is wider than σ. Standard errors are over images."
-    )
-    return "\n\n".join([text, *(verdict(task, facts) for task, facts in result["tasks"].items())])
-
-
-def verdict(task: str, facts: dict[str, Any]) -> str:
-    """What the numbers say about one problem."""
-    found = facts["all"][CHOSEN]
-    if found is None:
-        return f"{task.capitalize()}: the samples diverge."
-    gain = found["psnr_mean"] - facts["psnr_gaussian"]
-    rival = facts["all"][RIVAL]
-    beside = "DPS diverges" if rival is None else f"with DPS the central half has it {how_often(rival, '0.5')}"
-    return (
-        f"{task.capitalize()}: the mean of the samples is {abs(gain):.1f} dB {'better' if gain >= 0 else 'worse'} than "
-        f"the Gaussian one. The truth is within the central half of the samples {how_often(found, '0.5')} "
-        f"({found['coverage']['0.5'][0]:.2f}), within the central 90 % {how_often(found, '0.9')} "
-        f"({found['coverage']['0.9'][0]:.2f}); {beside}. The spread of the samples is "
-        f"{with_error(found['spread_over_error'])} of their error, and a sample leaves "
-        f"{with_error(found['residual'])} of the residual that the truth leaves."
-    )
-
-
-def how_often(found: dict[str, Any], level: str) -> str:
-    """Coverage against its level, in words: within two standard errors of it, above or below."""
-    share, error = found["coverage"][level]
-    if abs(share - float(level)) <= 2 * error:
-        return "as often as it should be, within two standard errors"
-    return "more often than it should be" if share > float(level) else "less often than it should be"

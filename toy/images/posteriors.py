@@ -41,7 +41,7 @@ COMPARED = (0.1, 0.4, 0.8)  # the times at which all maps are compared
 STEPS = (1, 2, 4, 8)  # evaluations of the map for one draw
 DRAWS = (1, 4, 16, 64, 192)  # posterior draws in V̂, as far as the long rollout has as many particles
 COMPARED_DRAWS = 16  # in V̂ of every map
-# Steps of each draw in V̂ by GLASS rollouts. They divide those of DRAWS that are larger: as many evaluations, fewer draws.
+# Steps of each draw in V̂ by GLASS rollouts, which have as many evaluations as the map: they divide larger DRAWS.
 GLASS_STEPS = (8, 32)
 JUDGED = 2000  # draws that the judge classifies, at most: it is slow
 PICTURED = 4  # images in the picture

@@ -93,8 +93,8 @@ def section(result: dict[str, Any]) -> Section:
                 "recovery.png",
                 "Above: squared Fréchet distance of recovered to clean images; bars show the lowest and the highest "
                 "repeat. The repeats share images and network, so the bars are the noise's share of the uncertainty "
-                "only. Below: Pearson r of V̂ with the value of a long SDE rollout; differences between times raise "
-                "that of all times.",
+                "only. Below: Pearson r of V̂ with the value of a long SDE rollout; in that of all times differences "
+                "between times count too, which mostly raises it.",
             ),
         ],
     )
@@ -146,9 +146,7 @@ def span(numbers: list[float | None], most: int) -> str:
 
 def words_of_checks(result: dict[str, Any]) -> str:
     """What is to be seen in the checks."""
-    words = (
-        "Where draws are calibrated, their spread is the squared error of their mean, and the ratio in the table is 1."
-    )
+    words = "Where draws are calibrated, their spread is the squared error of their mean: the ratio in the tables is 1."
     if result["judge_knows"]:
         words += (
             " The judge was trained on these very held-out images: it finds the class of a clean image in draws that "
@@ -178,13 +176,14 @@ def words_of_values(result: dict[str, Any]) -> str:
         f"the log of the mean of e^r over {settings['posterior_particles']} SDE rollouts of "
         f"{settings['posterior_steps']} steps of the base drift. From the lowest to the highest over the times, "
         f"Pearson r is {range_of(by_n[few])} with {few} draw of the map and {range_of(by_n[many])} with {many} "
-        f"(standard errors of up to {sure:.2f}); a second such rollout has {range_of(ceiling)}, and an estimator without any "
-        f"error would have about √r, at least {max(lowest, 0) ** 0.5:.2f}. GLASS rollouts have the same evaluations, "
-        f"in draws of up to {steps} each. Their first, of one evaluation, is the reward of the posterior's mean: it "
-        f"has no noise, r is {range_of(mean_only)}, but a bias that r does not see (root mean square errors: "
-        f"{mean_only['error']:.2f}, and {by_n[many]['error']:.2f} of the map with {many} draws). The reference and the "
-        "GLASS rollouts are of the same base drift and share its errors; a map that was trained from images alone does "
-        "not. At t = 0 all states have the same posterior, so there is nothing to correlate: that time is left out."
+        f"(standard errors of up to {sure:.2f}); a second such rollout has {range_of(ceiling)}, and an estimator "
+        f"without any error would have about √r, at least {max(lowest, 0) ** 0.5:.2f}. GLASS rollouts have the same "
+        f"evaluations, in draws of up to {steps} each. Their first, of one evaluation, is the reward of the "
+        f"posterior's mean: it has no noise, r is {range_of(mean_only)}, but a bias that r does not see (root mean "
+        f"square errors: {mean_only['error']:.2f}, and {by_n[many]['error']:.2f} of the map with {many} draws). The "
+        "reference and the GLASS rollouts are of the same base drift and share its errors; a map that was trained from "
+        "images alone does not. At t = 0 all states have the same posterior, so there is nothing to correlate: that "
+        "time is left out."
     )
 
 
@@ -247,8 +246,8 @@ def values_table(result: dict[str, Any]) -> Table:
     caption = (
         f"Pearson r of V̂ with the value of a long SDE rollout over {result['states']} states at each time, by "
         "evaluations of the network for one value; ± is a standard error by a jackknife over the states. “All” takes "
-        "the times together, and differences between them raise it. In the last column the root mean square error of "
-        "V̂, in which a bias counts too."
+        "the times together: differences between them count too, which mostly raises it. In the last column the root "
+        "mean square error of V̂, in which a bias counts too."
     )
     return Table(caption, ["t =", *(f"{float(t):g}" for t in times), "all", "error"], rows)
 

@@ -441,9 +441,9 @@ def others(result: dict[str, Any]) -> str:
     alone, part = smc_row["l2_of_parts"]["judge"], smc_row["part"]
     return f"""w is not quite the law p* ∝ p₁ e^r: the true classes of {found["images"]} images, weighted by e^r, have
         an L₂ of {found["true"]["l2"]:.3f} (effective sample size: {100 * found["ess"]:.0f} %). Search, with M × N
-        draws a step, and Best-of-N climb the reward and have no target law; by the judge their L₂ is {listed}. One population
-        of {part} particles of SMC has {alone:.2f} on average, where {part} true draws have {floor(part):.2f}; all
-        {smc_row["samples"] // part} together have {smc_row["judge"]["l2"]:.3f}."""
+        draws a step, and Best-of-N climb the reward and have no target law; by the judge their L₂ is {listed}. One
+        population of {part} particles of SMC has {alone:.2f} on average, {part} true draws have {floor(part):.2f};
+        all {smc_row["samples"] // part} together have {smc_row["judge"]["l2"]:.3f}."""
 
 
 def hacking(result: dict[str, Any]) -> str:
