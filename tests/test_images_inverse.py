@@ -260,7 +260,7 @@ def test_words_follow_the_numbers(result):
     assert "central half of the samples more often than it should be (0.70)" in text
     assert "central 90 % as often as it should be, within two standard errors (0.91)" in text
     assert "with DPS the central half has it less often than it should be (0.10)" in text
-    assert "inpainting, half 50%" in text
+    assert "inpainting, half: 50 %" in text
     assert "noise of standard deviation 0.1" in text
     assert "was trained on these very images" not in text
     assert "was trained on these very images" in inverse.section(changed | {"judge_saw_them": True}).text

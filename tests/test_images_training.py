@@ -19,7 +19,7 @@ from toy.images.classifiers import (
 )
 from toy.images.data import Images
 from toy.images.section import mosaic
-from toy.images.settings import TrainSettings
+from toy.images.settings import PRESETS, TrainSettings
 
 pytest.importorskip("sklearn")
 
@@ -97,9 +97,7 @@ def test_other_settings_a_missing_part_and_a_map_of_other_images_are_refused(tra
     X = FlowMap(UNet(torch.zeros(1, 4, 4), torch.eye(16), channels=(8,)))
     X.save_pretrained(other / "maps" / "semigroup")
     changed = dataclasses.replace(config, out=other)
-    with pytest.raises(
-        ValueError, match=r"map of images \(1, 8, 8\), as digits has, got one of \(1, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"map of images \(1, 8, 8\), as digits has, got one of \(1, 4, 4\)"):
         rung.load_rung(changed)
     shutil.copytree(config.out / "maps" / "teacher", other / "maps" / "semigroup", dirs_exist_ok=True)
     save_weights(Classifier((1, 28, 28)), other / "classifier.safetensors")
@@ -124,6 +122,16 @@ def test_other_settings_a_missing_part_and_a_map_of_other_images_are_refused(tra
 def test_settings_that_make_no_sense_are_refused(change, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         maps.train_all(dataclasses.replace(TINY, out=tmp_path, **change))
+
+
+@pytest.mark.parametrize("name", ["fast", "mnist", "full"])
+def test_presets_have_networks_for_images_of_their_size(name):
+    """The U-Net of the full preset has about nine million weights."""
+    images = Images(torch.randn(3, 1, 28, 28), torch.arange(3))
+    fields = {key: value for key, value in PRESETS[name].items() if key.startswith("train_")}
+    network = maps.new_network(TrainSettings(**fields), images)
+    assert network.shape == (1, 28, 28)
+    assert (sum(p.numel() for p in network.parameters()) > 8.5e6) == (name == "full")
 
 
 class _Sure(torch.nn.Module):

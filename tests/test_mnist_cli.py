@@ -1,19 +1,23 @@
 """`python -m toy.mnist`: options and presets, the whole of it at the fast size on digits, and what it refuses."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mfm_ref import FlowMap, UNet
+from tests.test_images_data import idx
 from toy import mnist
+from toy.images import data
 from toy.images.config import PRESETS
 from toy.images.stages import STAGES
 from toy.mnist import main, parse_arguments
 
-pytest.importorskip("sklearn")
+load_digits = pytest.importorskip("sklearn.datasets").load_digits
 
 
 # ---- options -------------------------------------------------------------------------------------------
@@ -276,3 +280,27 @@ def test_download_without_a_folder_or_a_network_is_refused(monkeypatch, tmp_path
     monkeypatch.setattr(mnist, "download", no_network)
     with pytest.raises(SystemExit, match=r"toy.mnist: no mirror gave it"):
         main(["download", "--data", str(tmp_path)])
+
+
+# ---- idx files -----------------------------------------------------------------------------------------
+
+
+def test_idx_files_go_through_training_and_steering(tmp_path, monkeypatch):
+    """28×28 pixels, and a judge whose images are not the held-out ones: scikit-learn's digits, enlarged."""
+    bunch = load_digits()
+    large = np.pad(bunch.images.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2))) * 15
+    checksums = {}
+    for part, rows in (("train", slice(0, 600)), ("t10k", slice(600, 800))):
+        for kind, array in (("images-idx3", large[rows]), ("labels-idx1", bunch.target[rows])):
+            content = idx(array.astype(np.uint8))
+            checksums[f"{part}-{kind}-ubyte"] = hashlib.sha256(content).hexdigest()
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(content)
+    monkeypatch.setitem(data.CHECKSUMS, "mnist", checksums)
+    options = ["--fast", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train-steps", "2"]
+    options += ["--steer-samples", "8", "--steer-few", "8", "--steer-batch", "8", "--steer-smc-seeds", "1"]
+    main(["train", *options])
+    main(["steer", *options])
+    main(["report", *options])
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]
+    assert found["train"]["result"]["images"] == {"train": 500, "judge": 100, "held_out": 200}
+    assert found["steer"]["result"]["reweighted"]["images"] == "held-out"

@@ -112,13 +112,16 @@ def setting(result: dict[str, Any]) -> str:
 
 def judgement(result: dict[str, Any]) -> str:
     """How samples are judged, and how far that can be trusted."""
-    opened = ", ".join(f"{task} {facts['open'] / result['pixels']:.0%}" for task, facts in result["tasks"].items())
+    opened = "; ".join(
+        f"{task}: {100 * facts['open'] / result['pixels']:.0f} %" for task, facts in result["tasks"].items()
+    )
     text = (
         "A measured image is a draw of its exact posterior, so among exact samples it would be one more. The pixels "
         f"that are judged are the open ones, whose Gaussian posterior is wider than σ ({opened}). Before truth and "
-        f"samples are ranked, both get noise of standard deviation {result['jitter']:g}: pixels that are black for "
-        "certain would be ties. Beside a posterior that is hardly wider than σ this noise is not small, and it pulls "
-        f"the coverage towards its level. {errors(result)}"
+        f"samples are ranked, both get noise of standard deviation {result['jitter']:g} (σ, the threshold, is "
+        f"{result['sigma']:g}): pixels that are black for certain would be ties. Beside a posterior that is hardly "
+        "wider than σ this noise is not small, and it pulls the coverage towards its level. "
+        f"{errors(result)}"
     )
     if result["judge_saw_them"]:
         text += (
