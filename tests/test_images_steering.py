@@ -133,7 +133,7 @@ def test_files_and_words_of_steering(steered):
     labels = [row["label"] for row in result["methods"].values()]
     for table in found.tables:
         assert all(len(row) == len(table.header) for row in table.rows)
-    assert len(first.rows) == len(labels) + 1
+    assert len(first.rows) == len(labels) + 2
     assert all(row[0].startswith(label) for row, label in zip(first.rows, labels, strict=False))
     assert [row[0] for row in second.rows[2:]] == labels
     assert "192 samples in place of 4096, 8 as the largest N in place of 32, 8 steps in place of 50" in found.text

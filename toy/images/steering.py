@@ -48,6 +48,7 @@ from toy.images.samples import (
 from toy.images.section import Section, Table
 
 CONTROLLED = (4, 16)  # N of the estimator that uses both, an aside here
+SURER = 8  # N at which MFM-G is tried with two evaluations of the map for each draw, and by the SDE
 BEST_OF = (4, 16)
 FAVOURITE = 9  # the class of the largest weight, whose images the diversity is measured on
 CURVES = {"gradient": ("MFM-G", "blue"), "stein": ("MFM-GF", "green"), "controlled": ("both", "orange")}
@@ -98,11 +99,9 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
     counts = counts_of(config)
     m, p = config.steer_search_particles, config.steer_smc_particles
 
-    def along(kind: str, n: int, steps: int = steps) -> Draw:
-        return lambda rows, rng: steer(
-            X, reward, len(rows), n=n, steps=steps, method=kind, x0=x0[rows.start : rows.stop], memory=MEMORY,
-            generator=rng,
-        )  # fmt: skip
+    def along(kind: str, n: int, **options: Any) -> Draw:
+        chosen: dict[str, Any] = {"n": n, "method": kind, "steps": steps, "memory": MEMORY, **options}
+        return lambda rows, rng: steer(X, reward, len(rows), x0=x0[rows.start : rows.stop], generator=rng, **chosen)
 
     def method(label: str, kind: str, n: int, draw: Draw, samples: int = few, batch: int = 0) -> Method:
         return Method(f"{kind}-{n}", label, kind, n, samples, batch or config.steer_batch, draw)
@@ -110,14 +109,17 @@ def methods_of(config: Settings, rung: Rung) -> list[Method]:
     def best(n: int) -> Draw:
         return lambda rows, rng: best_of_n(X, reward, len(rows), n, steps=steps, max_rows=ROWS, generator=rng)
 
-    def gradient(n: int) -> Method:
-        return method(f"MFM-G, N = {n}", "gradient", n, along("gradient", n), all_of_them if n == counts[-1] else few)
+    def gradient(n: int, kind: str = "gradient", aside: str = "", **options: Any) -> Method:
+        samples = few if n < counts[-1] else all_of_them if kind == "gradient" else min(2 * few, all_of_them)
+        return method(f"MFM-G, N = {n}{aside}", kind, n, along("gradient", n, **options), samples)
 
     return [
         method("unsteered", "unsteered", 0, unsteered(X, reward, x0, steps), all_of_them),
         method("DPS", "dps", 0, along("dps", 1), all_of_them),
-        method(f"DPS, {LONGER * steps} steps", "dps", 1, along("dps", 1, LONGER * steps)),
+        method(f"DPS, {LONGER * steps} steps", "dps", 1, along("dps", 1, steps=LONGER * steps)),
         *map(gradient, counts),
+        *(gradient(n, "twice", ", 2 evaluations a draw", posterior_steps=2) for n in counts if n == SURER),
+        *(gradient(n, "sde", ", SDE", dynamics="sde") for n in sorted({min(SURER, counts[-1]), counts[-1]})),
         *(method(f"MFM-GF, N = {n}", "stein", n, along("stein", n)) for n in counts),
         *(method(f"both, N = {n}", "controlled", n, along("controlled", n)) for n in CONTROLLED if n in counts),
         method(f"Search, {m} × {config.steer_search_draws}", "search", m, searched(config, X, reward)),
@@ -218,6 +220,13 @@ def reweighted(config: Settings, rung: Rung, nines: Tensor, bandwidth: float) ->
     }
 
 
+def own_target(config: Settings, rung: Rung, x: Tensor) -> dict[str, Any]:
+    """p* ∝ p₁ e^r of the map itself: its unsteered samples x, resampled by e^r. What exact steering would return."""
+    r = in_parts(rung.reward, x)
+    kept = x[systematic(r, generator=generator(config, 35))]
+    return {**judged(rung, kept, rung.reward)[0], "ess": effective_share(r.double())}
+
+
 # ---- the stage -----------------------------------------------------------------------------------------
 
 
@@ -231,6 +240,8 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
     for method in methods_of(config, rung):
         x, cost = drawn(config, 31, method, tag)
         rows[method.name] = row_of(config, rung, method, x, cost, bandwidth)
+        if method.kind == "unsteered":
+            own = own_target(config, rung, x)
         shown[method.name] = x[:SHOWN].cpu()
     result = {
         "target": CLASS_WEIGHTS.tolist(),
@@ -240,6 +251,7 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
         "vendi_of": config.steer_vendi,
         "bandwidth": bandwidth,
         "reweighted": reweighted(config, rung, nines, bandwidth),
+        "own": own,
         "methods": rows,
     }
     draw_steering(config, result)
@@ -330,7 +342,9 @@ def section(result: dict[str, Any]) -> Section:
     rows = result["methods"]
     tables = [
         Table(
-            "Class mixture: what each method returns", HEADER, [cells(row) for row in rows.values()] + [target(result)]
+            "Class mixture: what each method returns",
+            HEADER,
+            [*map(cells, rows.values()), own_cells(result), target(result)],
         ),
         Table(
             "Class frequencies, as the judge sees them",
@@ -394,6 +408,14 @@ def target(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def own_cells(result: dict[str, Any]) -> list[str]:
+    """The row of the map's own p*."""
+    own = result["own"]
+    l2 = (f"{own[name]['l2']:.3f}" for name in ("classifier", "judge"))
+    size, agreement = f"{own['ess'] * own['samples']:.0f}", f"{100 * own['agreement']:.1f} %"
+    return ["p* of the map: unsteered, weighted", size, *l2, "", agreement, f"{own['reward']:.2f}", "–", "", ""]
+
+
 def number(value: float | None) -> str:
     """A score, or a dash where there were too few images."""
     return "–" if value is None else f"{value:.1f}"
@@ -414,6 +436,7 @@ def words(result: dict[str, Any]) -> str:
         {stein["label"]}, without a gradient, has {stein["classifier"]["l2"]:.3f} and {stein["judge"]["l2"]:.3f} with
         {stein["samples"]} samples (true draws: {stein["floor"]:.3f}); at N = 1 it does not steer, as one weight says
         nothing.""",
+        whose_error(result),
         others(result),
         hacking(result),
         f"""The Vendi score, an effective number of different images, is that of {result["vendi_of"]} images that both
@@ -431,6 +454,17 @@ def expectation(best: dict[str, Any]) -> str:
     if best["floor"] > aim / 2:
         return f"Expected of a full run is at most {aim}, which so few samples cannot tell from more."
     return f"Expected was at most {aim} by the classifier: {'found' if l2 <= aim else 'not found'}."
+
+
+def whose_error(result: dict[str, Any]) -> str:
+    """How much of the distance is the map's, its one-step draws' and the ODE's."""
+    own, methods = result["own"], result["methods"]
+    asides = [row for row in methods.values() if row["kind"] in ("twice", "sde")]
+    listed = "; ".join(f"{row['label']}: {row['classifier']['l2']:.3f}, {row['judge']['l2']:.3f}" for row in asides)
+    return f"""Not all of it is steering's. p* of the map itself, its unsteered samples weighted by e^r, has
+        {own["classifier"]["l2"]:.3f} by the classifier and {own["judge"]["l2"]:.3f} by the judge (effective size
+        {own["ess"] * own["samples"]:.0f}): exact steering would have these. The rest is of one-step draws and of
+        Euler's steps. Beside it, by the classifier and by the judge: {listed}."""
 
 
 def others(result: dict[str, Any]) -> str:
