@@ -122,7 +122,7 @@ def _costs(results: dict[str, Record]) -> Section:
     rows.append(["all", f"{sum(r['seconds'] for r in results.values()) / 60:.1f}", "", ""])
     table = Table("Minutes of each stage", ["stage", "minutes", "hardware", "torch"], rows)
     return Section(
-        "Time", "What the run took; a stage that was killed and went on counts its last part alone.", [table]
+        "Time", "What the run took; of posteriors, inverse and finetune that went on after a kill, their last part alone.", [table]
     )
 
 

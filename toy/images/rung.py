@@ -63,6 +63,7 @@ def run(config: TrainSettings) -> dict[str, Any]:
         "weights": sum(p.numel() for p in rung.X.parameters()),
         "accuracy": {name: accuracy_of(classify, images[name]) for name, classify in rung.classifiers.items()},
         "seconds": seconds,
+        "spent": sum(seconds.values()),
     }
 
 

@@ -252,6 +252,7 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
         "bandwidth": bandwidth,
         "reweighted": reweighted(config, rung, nines, bandwidth),
         "own": own,
+        "spent": sum(row["seconds"] for row in rows.values()),
         "methods": rows,
     }
     draw_steering(config, result)
