@@ -121,9 +121,8 @@ def _costs(results: dict[str, Record]) -> Section:
     ]
     rows.append(["all", f"{sum(r['seconds'] for r in results.values()) / 60:.1f}", "", ""])
     table = Table("Minutes of each stage", ["stage", "minutes", "hardware", "torch"], rows)
-    return Section(
-        "Time", "What the run took; of posteriors, inverse and finetune that went on after a kill, their last part alone.", [table]
-    )
+    text = "Of posteriors, inverse and finetune, where they were killed and went on, the last part alone."
+    return Section("Time", text, [table])
 
 
 def _settings(results: dict[str, Record]) -> Section:

@@ -499,6 +499,6 @@ def smaller(result: dict[str, Any]) -> str:
     sizes = {"samples": result["samples"], "largest": best["n"], "steps": result["steps"]}
     named = {"samples": "samples", "largest": "as the largest N", "steps": "steps"}
     less = [f"{sizes[k]} {named[k]} in place of {EXPECTED[k]}" for k in sizes if sizes[k] < EXPECTED[k]]
-    few = f"All but the shorter DPS, {best['label']}, SMC and those without steering are {result['few']} samples."
+    few = f"Most methods have {result['few']} samples; the table says how many."
     few = few if result["few"] < result["samples"] else ""
-    return (f"It is smaller than the paper's: {', '.join(less)}. " if less else "") + few
+    return (f"The run is smaller than the paper's: {', '.join(less)}. " if less else "") + few
