@@ -18,6 +18,7 @@ from torch import nn
 from mfm_ref import FlowMap
 from mfm_ref.unet import UNet
 from toy.images import blackbox, steering
+from toy.images.classifiers import frequencies_of
 from toy.images.data import Images, Split
 from toy.images.rung import Rung
 
@@ -241,3 +242,24 @@ def test_another_seed_gives_other_numbers(rung, tmp_path):
         config = blackbox.Settings(**blackbox.PRESETS["fast"], out=tmp_path / str(seed), seed=seed)
         results.append(numbers(blackbox.run(config, rung)))
     assert all(results[0][name] != results[1][name] for name in ("unsteered", "stein", "search", "best"))
+
+
+def test_the_maps_own_target_is_its_law_under_the_reward(steered, rung):
+    """Resampled samples against the weighted frequencies of the same samples."""
+    config, _ = steered
+    x = torch.randn(3000, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
+    found = steering.own_target(config, rung, x)
+    share = torch.softmax(rung.reward(x).double(), 0)
+    expected = torch.zeros(10, dtype=torch.float64).index_add(0, rung.classifiers["classifier"](x), share)
+    error = (expected - torch.tensor(found["classifier"]["frequencies"], dtype=torch.float64)).abs().max()
+    assert float(error) < 0.01
+    assert found["ess"] == pytest.approx(float(1 / share.square().sum()) / 3000, rel=1e-6)
+    plain = frequencies_of(rung.classifiers["classifier"](x))
+    assert float((expected - plain).abs().max()) > 0.02  # without weights it would not pass
+
+
+def test_two_evaluations_a_draw_cost_one_more_forward_and_backward_pass(steered):
+    result = steered[1]
+    once, twice = (result["methods"][name]["evaluations"] for name in ("gradient-8", "twice-8"))
+    steps = result["steps"]
+    assert twice - once == pytest.approx(steps * 8 * 2)

@@ -141,6 +141,8 @@ def test_a_lost_part_of_training_is_made_again(run, tmp_path, capsys):
     main(["train", "--fast", "--out", str(copy)])
     assert (copy / "maps" / "semigroup" / "model.safetensors").read_bytes() == weights
     assert "finished before" not in capsys.readouterr().out
+    record = json.loads((copy / "train.json").read_text())
+    assert record["seconds"] >= sum(record["result"]["seconds"].values())  # those of the maps that were kept count
 
 
 def without_seconds(value):

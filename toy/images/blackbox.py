@@ -171,6 +171,7 @@ def run(config: Settings, rung: Rung) -> dict[str, Any]:
         "levels": config.blackbox_levels,
         "steps": config.blackbox_steps,
         "methods": rows,
+        "spent": sum(row.get("seconds", 0.0) for row in rows.values()),
     }
     draw(config, result, samples, predicted)
     return result

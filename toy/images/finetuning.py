@@ -401,7 +401,7 @@ def change(facts: dict[str, Any], measure: str) -> int:
     return 0 if abs(apart) <= 2 * math.hypot(e0, e1) else (1 if apart > 0 else -1)
 
 
-VERBS = {1: "rises", 0: "does not change", -1: "falls"}
+VERBS = {1: "rises", 0: "stays within two standard errors,", -1: "falls"}
 
 
 def words(result: dict[str, Any]) -> str:
@@ -456,7 +456,7 @@ def observed(strengths: dict[str, Any]) -> str:
         )
     else:
         saturation = (
-            f"the largest λ does not over-saturate (further beyond [−1, 1] than the base: {named(rising['excess'])}). "
+            "the largest λ does not over-saturate: its pixels leave [−1, 1] no further than the base's. "
             "For every λ E18 aims at the law of the images with other weights, not at images beyond real ones"
         )
     return (

@@ -54,7 +54,7 @@ Sampler = Callable[[float, Tensor, torch.Generator], Tensor]  # t and states (B,
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ToyConfig):
-    """Settings of the stage; the defaults take about 10 minutes of one core for digits."""
+    """Settings of the stage; the defaults take about 15 minutes of one core for digits."""
 
     posterior_images: int = option(500, "held-out images that are noised and recovered, at most")
     posterior_repeats: int = option(

@@ -121,8 +121,7 @@ def _costs(results: dict[str, Record]) -> Section:
     ]
     rows.append(["all", f"{sum(r['seconds'] for r in results.values()) / 60:.1f}", "", ""])
     table = Table("Minutes of each stage", ["stage", "minutes", "hardware", "torch"], rows)
-    text = "Of posteriors, inverse and finetune, where they were killed and went on, the last part alone."
-    return Section("Time", text, [table])
+    return Section("Time", "", [table])
 
 
 def _settings(results: dict[str, Record]) -> Section:

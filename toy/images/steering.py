@@ -59,7 +59,7 @@ EXPECTED = {"samples": 4096, "largest": 32, "steps": 500, "l2": 0.05}  # the pap
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ToyConfig):
-    """Of the stage; the defaults take about 25 minutes of one core on digits."""
+    """Of the stage; the defaults take about 40 minutes of one core on digits."""
 
     steer_samples: int = option(4096, "samples without steering, by DPS, and by MFM-G at the largest N")
     steer_few: int = option(768, "samples by every other method but SMC")
@@ -413,8 +413,11 @@ def own_cells(result: dict[str, Any]) -> list[str]:
     """The row of the map's own p*."""
     own = result["own"]
     l2 = (f"{own[name]['l2']:.3f}" for name in ("classifier", "judge"))
-    size, agreement = f"{own['ess'] * own['samples']:.0f}", f"{100 * own['agreement']:.1f} %"
-    return ["p* of the map: unsteered, weighted", size, *l2, "", agreement, f"{own['reward']:.2f}", "–", "", ""]
+    size, agreement = own["ess"] * own["samples"], f"{100 * own['agreement']:.1f} %"
+    return [
+        "p* of the map: unsteered, weighted; its effective size", f"{size:.0f}", *l2, f"{floor(round(size)):.3f}",
+        agreement, f"{own['reward']:.2f}", "–", "", "",
+    ]  # fmt: skip
 
 
 def number(value: float | None) -> str:
@@ -454,7 +457,7 @@ def expectation(best: dict[str, Any]) -> str:
     aim, l2 = EXPECTED["l2"], best["classifier"]["l2"]
     if best["floor"] > aim / 2:
         return f"Expected of a full run is at most {aim}, which so few samples cannot tell from more."
-    return f"Expected was at most {aim} by the classifier: {'found' if l2 <= aim else 'not found'}."
+    return f"The aim, at most {aim} by the classifier, is {'reached' if l2 <= aim else 'missed'}."
 
 
 def whose_error(result: dict[str, Any]) -> str:
