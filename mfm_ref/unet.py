@@ -22,7 +22,7 @@ class UNet(GaussianNetwork):
     Args:
         mean: of the data, `(C, H, W)`.
         cov: of the flattened data, `(CHW, CHW)`, symmetric; eigenvalues below `min_std`² are raised to it.
-        channels: of each level, multiples of 8. The defaults have 9 M weights at 28×28 pixels.
+        channels: of each level, multiples of 8. The defaults have 8.8 M weights at 28×28 pixels.
         blocks: residual blocks of each level, on each way, >= 1.
         patch: side of the squares of pixels that enter as channels of one place; > 1 trades sharpness for speed.
         n_classes: number of class labels, 0 for none; label None and label n_classes are the null class.

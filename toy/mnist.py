@@ -1,4 +1,4 @@
-"""Real images, a convolutional network and a learned reward: digits on a CPU in minutes, MNIST on a GPU.
+"""Real images, a convolutional network and a learned reward: digits, MNIST or Fashion-MNIST.
 
     python -m toy.mnist
     python -m toy.mnist download --data data/mnist

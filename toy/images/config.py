@@ -23,7 +23,7 @@ class ImagesConfig(
 
 
 def preset(name: str) -> dict[str, Any]:
-    """What differs from the defaults in "fast", "mnist" (one hour of two CPU cores) and "full" (a GPU)."""
+    """What differs from the defaults in "fast", "mnist" (two hours of one CPU core) and "full" (a GPU)."""
     stages = (settings, posteriors, steering, inverse, blackbox, finetuning)
     return {field: value for stage in stages for field, value in stage.PRESETS[name].items()}
 

@@ -47,7 +47,7 @@ METHODS = {  # name: method and dynamics of `steer`; CHOSEN and RIVAL on all ima
 
 @dataclasses.dataclass(frozen=True)
 class Settings(ToyConfig):
-    """Of the stage; the defaults take about 7 minutes of one core on digits."""
+    """Of the stage; the defaults take about 4 minutes of one core on digits."""
 
     inverse_images: int = option(16, "held-out images, each measured in every way")
     inverse_samples: int = option(16, "samples of the posterior of each image")
