@@ -12,7 +12,7 @@ from mfm_ref.data import RandomBatches, TensorBatches, WithProgress
 from mfm_ref.estimators import controlled_guidance, gradient_guidance, stein_guidance
 from mfm_ref.exact import ExactFlowMap
 from mfm_ref.finetuning import finetune_loss, regression_loss
-from mfm_ref.flow_map import FlowMap, Guided, MetaFlowMap, Network
+from mfm_ref.flow_map import ClassifierFree, FlowMap, Guided, MetaFlowMap, Network
 from mfm_ref.interpolant import (
     coupled_interpolants,
     denoiser_to_drift,
@@ -25,7 +25,15 @@ from mfm_ref.interpolant import (
     score_to_denoiser,
     score_to_drift,
 )
-from mfm_ref.metrics import coverage, frechet_distance, mmd, sliced_wasserstein, vendi_score
+from mfm_ref.metrics import (
+    FeatureStatistics,
+    coverage,
+    frechet_distance,
+    frechet_gaussian,
+    mmd,
+    sliced_wasserstein,
+    vendi_score,
+)
 from mfm_ref.mixture import GaussianMixture
 from mfm_ref.networks import MLP
 from mfm_ref.noise import posterior_noise
@@ -53,12 +61,14 @@ from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import train
 from mfm_ref.unet import UNet
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "MLP",
+    "ClassifierFree",
     "Cost",
     "ExactFlowMap",
+    "FeatureStatistics",
     "FlowMap",
     "GaussianLikelihood",
     "GaussianMixture",
@@ -93,6 +103,7 @@ __all__ = [
     "evaluations",
     "finetune_loss",
     "frechet_distance",
+    "frechet_gaussian",
     "glass_drift",
     "glass_rollout",
     "gradient_guidance",

@@ -24,7 +24,8 @@ from mfm_ref.checks import (
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import Drift, drift_to_denoiser, glass_drift
-from mfm_ref.sampling import check_grid, integrate, noise_like, sample_posterior, sde_step, sde_transition, time_grid
+from mfm_ref.noise import Source, normal
+from mfm_ref.sampling import check_grid, integrate, noise_like, sample_posterior, sde_transition, time_grid
 from mfm_ref.search import best
 
 # ---- Best-of-N -----------------------------------------------------------------------------------------
@@ -62,7 +63,8 @@ def best_of_n(
         progress: label of a progress bar; none where None.
 
     Returns:
-        samples `(n_samples, *D)`, and what they cost: nK + n evaluations each (2nK + n by the midpoint rule).
+        samples `(n_samples, *D)`, and what they cost: nK + n evaluations each, with K the evaluations of the
+        drift: the steps times the `EVALUATIONS` of the dynamics.
 
     Raises:
         ValueError: counts below one; from `integrate`; from `evaluate_reward`, named as the last step.
@@ -308,7 +310,7 @@ def glass_rollout(
     *,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """E20: n samples of p_{1|t}(·|x) by `steps` Euler steps of E12 each, from the base drift; `(n, B, *D)`.
 
@@ -328,7 +330,7 @@ def sde_rollout(
     steps: int,
     *,
     y: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """E20: n samples of p_{1|t}(·|x) by the SDE of E6 from (t, x) to 1, in `steps` equal steps of `sde_transition`.
 
@@ -339,7 +341,7 @@ def sde_rollout(
         n: samples per context, >= 1.
         steps: steps of each, >= 1. The error of an expectation falls as 1/steps.
         y: class labels `(B,)`, or None.
-        generator: source of the noise.
+        generator: source of the noise; of a sequence, generator b gives that of all draws of context b.
 
     Returns:
         samples `(n, B, *D)`, without a graph.
@@ -360,5 +362,7 @@ def sde_rollout(
             b = drift(now, z) if labels is None else drift(now, z, labels)
             denoised = drift_to_denoiser(b, now, z)
             at, to = expand_time(now, z), expand_time(after, z)
-            z = sde_step(z, denoised, at, to, generator=generator)  # type: ignore[arg-type]  # `(B, 1, …, 1)`
+            keep, gain, std = sde_transition(at, to)  # type: ignore[arg-type]  # `(n B, 1, …, 1)`
+            xi = normal((n, *x.shape), x, generator, rows=1).reshape(z.shape)
+            z = keep * z + gain * denoised + std * xi
     return z.unflatten(0, (n, len(x)))

@@ -49,7 +49,7 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
             (drift; map and reward); "dps" 4K (the paper's 4NK is that of N chains); "search" 2mnK; "best_of_n"
             nK + n; "smc", of the whole population, m (4K − 2): DPS's 4 in each step but the last, which has no
             guidance; "smc_base" 2mK.
-        steps: K, evaluations of the drift: the number of steps, twice that for the midpoint rule.
+        steps: K, evaluations of the drift: the number of steps, times the `EVALUATIONS` of the dynamics in one.
         n: posterior draws per step and sample; of "best_of_n" the candidates.
         m: particles of "search", "smc" and "smc_base" (its base proposal).
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mfm_ref.checks import Time, check_finite, check_order, check_same_shape, expand_time
+from mfm_ref.checks import Time, check_count, check_finite, check_labels, check_order, check_same_shape, expand_time
 from mfm_ref.pretrained import load_model, load_network, save_model
 
 
@@ -204,12 +204,17 @@ class FlowMap(nn.Module):
         """
         if not getattr(self.network, "reads_guidance", False):
             raise ValueError("this network has no guidance input, got guidance")
-        w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device)
-        if w.shape not in ((), z.shape[:1]):
-            raise ValueError(f"guidance must have shape () or ({len(z)},), got {tuple(w.shape)}")
-        if not torch.compiler.is_compiling() and not bool((w >= 1).all()):
-            raise ValueError(f"guidance must be at least 1, got {float(w.min())}")
-        return w.expand(len(z))
+        return _scales(guidance, z)
+
+
+def _scales(guidance: Time, z: Tensor) -> Tensor:
+    """Guidance scales, `(B,)`. Raises ValueError for a shape other than () and (B,), or a scale below one."""
+    w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device)
+    if w.shape not in ((), z.shape[:1]):
+        raise ValueError(f"guidance must have shape () or ({len(z)},), got {tuple(w.shape)}")
+    if not torch.compiler.is_compiling() and not bool((w >= 1).all()):
+        raise ValueError(f"guidance must be at least 1, got {float(w.min())}")
+    return w.expand(len(z))
 
 
 def unconditional_drift(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -244,3 +249,69 @@ class Guided:
     def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
         """v_{s,u} with the context given as t·x, `(B, *D)`."""
         return self.X.velocity_from_tx(s, u, z, t, tx, y, self.guidance)
+
+
+class ClassifierFree:
+    """Classifier-free guidance behind the protocol: v(∅) + w (v(y) − v(∅)), for a map without a guidance input.
+
+    One evaluation of it is two of the map, in one batch; without labels it is v(∅), and one of the map. At s = u it is
+    the velocity of the guided flow. Where s < u it combines average velocities, and the jump is not that flow's: take
+    small ones.
+
+    Args:
+        X: a `FlowMap` whose network has class labels and says its `null_class`.
+        scale: w >= 1, a number, `()` or `(B,)`; 1 is the conditional model itself, to rounding.
+        channels: guide the first so many entries of a state's first dimension, the others keep v(y); None for all.
+
+    Raises:
+        ValueError: a network without a null class, or channels out of range. From every call: a scale below one or of
+            another shape, labels that are not `(B,)`, and as `FlowMap`.
+    """
+
+    def __init__(self, X: FlowMap, scale: Time, *, channels: int | None = None):
+        if channels is not None:
+            check_count(channels, "channels")
+            if channels > (X.shape or (0,))[0]:
+                raise ValueError(f"channels must be at most the first of the shape {X.shape}, got {channels}")
+        self.X, self.scale, self.channels, self.null_class = X, scale, channels, X.null_class
+        self.shape, self.reads_tx, self.dtype, self.device = X.shape, X.reads_tx, X.dtype, X.device
+
+    def __call__(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """z + (u−s) v_{s,u}(z; t, x), `(B, *D)`."""
+        jump = expand_time(u, z, "u") - expand_time(s, z, "s")
+        return z + jump * self.velocity(s, u, z, t, x, y)
+
+    def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The guided v_{s,u}(z; t, x), `(B, *D)`."""
+        return self._guided(self.X.velocity, s, u, z, t, x, y)
+
+    def from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """`__call__` with the context given as t·x, `(B, *D)`."""
+        jump = expand_time(u, z, "u") - expand_time(s, z, "s")
+        return z + jump * self.velocity_from_tx(s, u, z, t, tx, y)
+
+    def velocity_from_tx(self, s: Time, u: Time, z: Tensor, t: Time, tx: Tensor, y: Tensor | None = None) -> Tensor:
+        """`velocity` with the context given as t·x, `(B, *D)`."""
+        return self._guided(self.X.velocity_from_tx, s, u, z, t, tx, y)
+
+    def _guided(
+        self,
+        velocity: Callable[..., Tensor],
+        s: Time,
+        u: Time,
+        z: Tensor,
+        t: Time,
+        context: Tensor,
+        y: Tensor | None,
+    ) -> Tensor:
+        w = _scales(self.scale, z).reshape(-1, *[1] * (z.ndim - 1))
+        if y is None:
+            return velocity(s, u, z, t, context)
+        check_labels(y, len(z))
+        s, u = expand_time(s, z, "s").flatten(), expand_time(u, z, "u").flatten()
+        both = (torch.cat([a, a]) for a in (s, u, z, expand_time(t, context).flatten(), context))
+        labels = torch.cat([y, torch.full_like(y, self.null_class)])
+        conditional, null = velocity(*both, labels).chunk(2)
+        guided = null + w * (conditional - null)
+        k = self.channels
+        return guided if k is None else torch.cat([guided[:, :k], conditional[:, k:]], 1)

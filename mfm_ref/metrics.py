@@ -92,6 +92,112 @@ def frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     return distance.clamp_min(0).to(x.dtype)
 
 
+def frechet_gaussian(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
+    """`frechet_distance` of two Gaussians given by their moments: ‖μ_a − μ_b‖² + tr(A + B − 2 (A^½ B A^½)^½).
+
+    With A = R_a R_aᵀ and B = R_b R_bᵀ by their eigenvectors, the trace of the root, Σ √eig(A^½ B A^½), is the sum of
+    the singular values of R_aᵀ R_b: no root of a small eigenvalue of a product, which would be one of rounding. With
+    the moments of `FeatureStatistics` this is the FID.
+
+    Args:
+        mean_a, mean_b: `(F,)`.
+        cov_a, cov_b: `(F, F)`, symmetric, of any rank. Eigenvalues within rounding of zero are zero.
+
+    Returns:
+        the distance, `()`, >= 0, in double precision.
+
+    Raises:
+        ValueError: shapes that do not fit, entries that are not finite, or a covariance that is not symmetric or has a
+            negative eigenvalue (beyond 1e-4 of the largest, as those of single precision may have).
+    """
+    means, roots = [], []
+    for name, mean, cov in (("a", mean_a, cov_a), ("b", mean_b, cov_b)):
+        n = len(mean_a) if mean_a.ndim else 0
+        if mean.shape != (n,) or cov.shape != (n, n) or n < 1:
+            raise ValueError(
+                f"means must be (F,) and covariances (F, F) with one F, got mean_{name} {tuple(mean.shape)}, "
+                f"cov_{name} {tuple(cov.shape)}"
+            )
+        check_finite(mean, f"mean_{name}")
+        check_finite(cov, f"cov_{name}")
+        means.append(mean.double())
+        roots.append(_root(cov.double(), f"cov_{name}"))
+    overlap = torch.linalg.svdvals(roots[0].mT @ roots[1]).sum()
+    traces = sum(root.square().sum() for root in roots)
+    return ((means[0] - means[1]).square().sum() + traces - 2 * overlap).clamp_min(0)
+
+
+def _root(cov: Tensor, name: str) -> Tensor:
+    """R = Q Λ^½ with R Rᵀ = cov `(F, F)`. Raises ValueError for a matrix that is no covariance."""
+    apart = float((cov - cov.mT).abs().max())
+    if apart > 1e-5 * float(cov.abs().max()):
+        raise ValueError(f"{name} must be symmetric, got entries that differ by {apart:.3g}")
+    values, basis = torch.linalg.eigh((cov + cov.mT) / 2)
+    largest = float(values.abs().max())
+    if float(values[0]) < -1e-4 * largest:
+        raise ValueError(f"{name} must have no negative eigenvalue, got {float(values[0]):.3g}")
+    return basis * values.where(values > len(cov) * torch.finfo(cov.dtype).eps * largest, 0).sqrt()
+
+
+class FeatureStatistics:
+    """Mean and covariance of feature vectors that come in batches, in double precision and constant memory.
+
+    Two sets a and b are joined by Chan's update, which subtracts no large squares: with δ = μ_b − μ_a,
+
+        μ = μ_a + δ n_b/n,  S = S_a + S_b + δ δᵀ n_a n_b/n,  S = Σ (x − μ)(x − μ)ᵀ,  n = n_a + n_b.
+
+    The order of the vectors, and how they are cut into batches, change the result by rounding alone.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean = self._scatter = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        """μ `(F,)`. Raises ValueError where there are no features."""
+        if self.count < 1:
+            raise ValueError("a mean needs at least one feature vector, got 0")
+        return self._mean
+
+    @property
+    def cov(self) -> Tensor:
+        """The covariance S/(n−1) `(F, F)`, without bias. Raises ValueError for fewer than two vectors."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least two feature vectors, got {self.count}")
+        return (self._scatter + self._scatter.mT) / (2 * (self.count - 1))  # a product is symmetric to rounding alone
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch of features `(n, F)`, n >= 1.
+
+        Raises:
+            ValueError: another shape, an F other than before, or entries that are not finite.
+        """
+        if features.ndim != 2 or len(features) < 1:
+            raise ValueError(f"features must be (n, F) with n >= 1, got {tuple(features.shape)}")
+        check_finite(features, "the features")
+        x = features.detach().double()
+        centred = x - x.mean(0)
+        self._join(len(x), x.mean(0), centred.mT @ centred)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the features that another one has seen, if any. Raises ValueError for those of another F."""
+        if other.count:
+            self._join(other.count, other._mean, other._scatter)
+
+    def _join(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if not self.count:
+            self._mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"features must have the same F, got {len(mean)} after {len(self._mean)}")
+        total = self.count + n
+        apart = mean.to(self._mean) - self._mean
+        between = apart.outer(apart) * (self.count * n / total)
+        self._scatter = self._scatter + scatter.to(self._scatter) + between
+        self._mean = self._mean + apart * (n / total)
+        self.count = total
+
+
 def vendi_score(x: Tensor, *, bandwidth: float) -> Tensor:
     """Vendi score: e^{H(λ)}, the effective number of different samples, from 1 (all equal) to n (all far apart).
 

@@ -1,5 +1,6 @@
-"""The noises ε of posterior draws: independent, antithetic, or randomised quasi-Monte Carlo."""
+"""Where noise comes from, and the noises ε of posterior draws: independent, antithetic, or quasi-Monte Carlo."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -8,7 +9,35 @@ from torch.quasirandom import SobolEngine
 
 from mfm_ref.checks import check_count
 
+# One generator for all rows of a batch, one for each row, or torch's own.
+Source = torch.Generator | Sequence[torch.Generator] | None
+
 _BITS = SobolEngine.MAXBIT  # of torch's Sobol points
+
+
+def normal(shape: tuple[int, ...], like: Tensor, generator: Source = None, *, rows: int = 0) -> Tensor:
+    """Standard normal numbers with the dtype and the device of `like`.
+
+    From a sequence of generators row i is drawn from generator i alone, on that generator's device: it is the same
+    whatever batch it is in.
+
+    Args:
+        shape: of the result.
+        like: gives dtype and device.
+        generator: source of the numbers.
+        rows: the dimension of the shape that counts the rows of the batch, one for each generator of a sequence.
+
+    Raises:
+        ValueError: a sequence that has not one generator for each row.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    if len(generator) != shape[rows]:
+        raise ValueError(f"generators must be one for each of {shape[rows]} rows, got {len(generator)}")
+    result = torch.empty(shape, dtype=like.dtype, device=like.device)
+    for row, source in zip(result.unbind(rows), generator, strict=True):
+        row.copy_(torch.randn(row.shape, generator=source, dtype=like.dtype, device=source.device))
+    return result
 
 
 def posterior_noise(n: int, x: Tensor, kind: str = "sobol", *, generator: torch.Generator | None = None) -> Tensor:
@@ -35,20 +64,16 @@ def posterior_noise(n: int, x: Tensor, kind: str = "sobol", *, generator: torch.
     """
     check_count(n, "n")
     if kind == "independent":
-        return _normal(n, x, generator)
+        return normal((n, *x.shape), x, generator)
     if kind == "antithetic":
-        half = _normal((n + 1) // 2, x, generator)
+        half = normal(((n + 1) // 2, *x.shape), x, generator)
         return torch.stack([half, -half], 1).flatten(0, 1)[:n]
     if kind == "sobol":
         flat = x.reshape(len(x), -1)
-        few = flat[:, : SobolEngine.MAXDIM]
-        rest = _normal(n, flat[:, SobolEngine.MAXDIM :], generator)
-        return torch.cat([_sobol(n, few, generator), rest], -1).reshape(n, *x.shape)
+        few, rest = flat[:, : SobolEngine.MAXDIM], flat[:, SobolEngine.MAXDIM :]
+        beyond = normal((n, *rest.shape), rest, generator)
+        return torch.cat([_sobol(n, few, generator), beyond], -1).reshape(n, *x.shape)
     raise ValueError(f'noise must be "independent", "antithetic" or "sobol", got {kind!r}')
-
-
-def _normal(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn((n, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
 
 
 def _sobol(n: int, x: Tensor, generator: torch.Generator | None) -> Tensor:

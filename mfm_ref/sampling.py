@@ -11,13 +11,36 @@ from tqdm import tqdm
 from mfm_ref.checks import Time, at_step, check_count, check_finite, check_same_shape, expand_time
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
+from mfm_ref.noise import Source, normal
 
-DYNAMICS = ("ode", "midpoint", "sde")
+# Explicit Runge–Kutta methods: the stages (c_i, a_i1, …, a_i,i−1), and the weights b_i of the step.
+TABLEAUX: dict[str, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
+    "ode": (((0,),), (1,)),
+    "midpoint": (((0,), (1 / 2, 1 / 2)), (0, 1)),
+    "heun": (((0,), (1, 1)), (1 / 2, 1 / 2)),
+    "dopri5": (
+        (
+            (0,),
+            (1 / 5, 1 / 5),
+            (3 / 10, 3 / 40, 9 / 40),
+            (4 / 5, 44 / 45, -56 / 15, 32 / 9),
+            (8 / 9, 19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (1, 9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        ),
+        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+}
+EVALUATIONS = {"ode": 1, "midpoint": 2, "heun": 2, "dopri5": 6, "sde": 1}  # of the drift, in one step
+DYNAMICS = tuple(EVALUATIONS)
 
 
-def noise_like(X: MetaFlowMap, *batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal states `(*batch, *D)` in the map's dtype and on its device."""
-    return torch.randn((*batch, *X.shape), generator=generator, dtype=X.dtype, device=X.device)
+def noise_like(X: MetaFlowMap, *batch: int, generator: Source = None) -> Tensor:
+    """Standard normal states `(*batch, *D)` in the map's dtype and on its device.
+
+    A sequence of generators has one for each row of the last number of `batch` (see `normal`).
+    """
+    like = torch.empty(0, dtype=X.dtype, device=X.device)
+    return normal((*batch, *X.shape), like, generator, rows=len(batch) - 1)
 
 
 def sample_posterior(
@@ -29,7 +52,7 @@ def sample_posterior(
     *,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """E11: n samples of p_{1|t}(·|x) for each context, X_{0,1}(ε; t, x) in one jump or along a grid.
 
@@ -41,19 +64,20 @@ def sample_posterior(
         steps: network evaluations per sample, >= 1: X along 0 = s₀ < … < s_steps = 1, uniform.
         y: class labels `(B,)`, or None.
         eps: the noises `(n, B, *D)`; drawn where None.
-        generator: source of the noises.
+        generator: source of the noises; of a sequence, generator b gives those of context b.
 
     Returns:
         samples `(n, B, *D)`, differentiable in x and eps.
 
     Raises:
-        ValueError: a time outside [0, 1], counts below one, or eps of another shape.
+        ValueError: a time outside [0, 1], counts below one, eps of another shape, or a sequence of generators that
+            has not one for each context.
     """
     check_count(n, "n")
     check_count(steps, "steps")
     times = expand_time(t, x).flatten()
     if eps is None:
-        eps = torch.randn((n, *x.shape), generator=generator, dtype=x.dtype, device=x.device)
+        eps = normal((n, *x.shape), x, generator, rows=1)
     if eps.shape != (n, *x.shape):
         raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
     contexts = x.expand(n, *x.shape).flatten(0, 1)
@@ -72,7 +96,7 @@ def sample(
     *,
     times: Sequence[float] | None = None,
     y: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """E19 (Algorithm 1): n samples of p₁, each from `steps` posterior draws with fresh noise between them.
 
@@ -84,13 +108,14 @@ def sample(
         steps: number of posterior draws K, >= 1.
         times: grid 0 = t₀ < … < t_K = 1; uniform where None.
         y: class labels `(n,)`, or None.
-        generator: source of all noise.
+        generator: source of all noise; of a sequence, generator i gives that of sample i.
 
     Returns:
         samples `(n, *D)`.
 
     Raises:
-        ValueError: counts below one, or a grid that does not rise from 0 to 1 in `steps` steps.
+        ValueError: counts below one, a grid that does not rise from 0 to 1 in `steps` steps, or a sequence of
+            generators that has not one for each sample.
     """
     check_count(n, "n")
     check_count(steps, "steps")
@@ -139,21 +164,23 @@ def integrate(
     times: Sequence[float],
     *,
     dynamics: str = "ode",
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     progress: str | None = None,
 ) -> Tensor:
     """Carry noise to data along a drift b (E2), by the ODE or by the SDE with the same marginals (E6).
 
-    All start at t = 0. "ode" takes Euler steps of dx/dt = b, of first order in the step. "midpoint" evaluates b once
-    more in the middle of each step, and there alone moves: of second order, and never at t = 1. "sde" takes steps of
-    `sde_transition`, of first order in law.
+    All start at t = 0. The ODE dx/dt = b is taken in Runge–Kutta steps: "ode" is Euler's, of first order in the step,
+    "midpoint" and "heun" are of second order, "dopri5" (Dormand and Prince) of fifth. "sde" takes steps of
+    `sde_transition`, of first order in law. `EVALUATIONS` says how often a step asks for b. Heun's and Dormand and
+    Prince's ask for it at both ends of a step, so that b must be finite at t = 1: b_t of a mixture and of a network
+    are, and what divides by 1−t is not.
 
     Args:
-        drift: `drift(t, x) -> (B, *D)`, t a number in [0, 1).
+        drift: `drift(t, x) -> (B, *D)`, t a number in [0, 1), or in [0, 1] for "heun" and "dopri5".
         x: noise `(B, *D)`, the state at t = 0.
         times: grid rising from 0 to 1.
-        dynamics: "ode", "midpoint" or "sde".
-        generator: source of the SDE's noise.
+        dynamics: "ode", "midpoint", "heun", "dopri5" or "sde".
+        generator: source of the SDE's noise; of a sequence, generator b gives that of row b.
         progress: label of a progress bar; none where None.
 
     Returns:
@@ -175,11 +202,26 @@ def integrate(
 
     for k, (t, t_next) in enumerate(tqdm(steps, desc=progress, disable=progress is None, leave=False), 1):
         with at_step(k, len(steps), t):
-            h, b = t_next - t, velocity(t, x)
-            if dynamics == "midpoint":
-                b = velocity(t + h / 2, x + h / 2 * b)
-            x = sde_step(x, x + (1 - t) * b, t, t_next, generator=generator) if dynamics == "sde" else x + h * b
+            if dynamics == "sde":
+                x = sde_step(x, x + (1 - t) * velocity(t, x), t, t_next, generator=generator)
+            else:
+                x = runge_kutta_step(velocity, x, t, t_next, dynamics)
     return x
+
+
+def runge_kutta_step(
+    velocity: Callable[[float, Tensor], Tensor], x: Tensor, t: float, t_next: float, method: str
+) -> Tensor:
+    """One step of length h from states x at t: k_i = b(t + c_i h, x + h Σ_j a_ij k_j), then x + h Σ_i b_i k_i."""
+    stages, weights = TABLEAUX[method]
+    h, slopes = t_next - t, list[Tensor]()
+
+    def moved(by: Sequence[float]) -> Tensor:
+        return sum((h * a * k for a, k in zip(by, slopes, strict=True) if a), start=x)
+
+    for node, *row in stages:
+        slopes.append(velocity(t + node * h, moved(row)))  # t + (1 − t) rounds to 1 itself, never to more
+    return moved(weights)
 
 
 def sde_transition(t: float, t_next: float) -> tuple[float, float, float]:
@@ -198,10 +240,7 @@ def sde_transition(t: float, t_next: float) -> tuple[float, float, float]:
     return keep, t_next * (1 - rho), (1 - t_next) * (1 - rho) ** 0.5
 
 
-def sde_step(
-    x: Tensor, denoised: Tensor, t: float, t_next: float, *, generator: torch.Generator | None = None
-) -> Tensor:
+def sde_step(x: Tensor, denoised: Tensor, t: float, t_next: float, *, generator: Source = None) -> Tensor:
     """One draw of `sde_transition` from states x at t, given D `(B, *D)`."""
     keep, gain, std = sde_transition(t, t_next)
-    xi = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    return keep * x + gain * denoised + std * xi
+    return keep * x + gain * denoised + std * normal(x.shape, x, generator)

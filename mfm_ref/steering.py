@@ -27,6 +27,7 @@ def early_draws(n: int) -> Callable[[float], int]:
 
 
 DEFAULT_DRAWS = early_draws(16)
+DYNAMICS = ("ode", "midpoint", "sde")  # that never ask for b* at t = 1, where a posterior is one point
 
 
 def steer(
@@ -60,7 +61,8 @@ def steer(
         times: another grid, rising from 0 to 1, in place of `steps`: `time_grid`, `log_snr_grid`.
         method: "controlled", "gradient" (E16), "stein" (E17), see `value_gradient`; or "dps" (E20), which draws none.
         noise: kind of the noises of the draws, see `posterior_noise`.
-        dynamics: "ode" or "midpoint" (E7), or "sde" (E8); see `integrate`.
+        dynamics: "ode" or "midpoint" (E7), or "sde" (E8); see `integrate`. Its others ask for b* at t = 1, which
+            the estimators do not give.
         rescale: guidance with the norm of the drift, see `doob_drift`; not for "dps".
         posterior_steps: evaluations of the map per posterior draw, as `steps` of `sample_posterior`.
         x0: the noises to start from, `(n_samples, *D)`; drawn where None.
@@ -82,6 +84,8 @@ def steer(
         raise ValueError(f'method must be one of {", ".join(METHODS)} or "dps", got {method!r}')
     if method == "dps" and rescale:
         raise ValueError('rescale must be False for method "dps", got True')
+    if dynamics not in DYNAMICS:
+        raise ValueError(f"dynamics must be one of {', '.join(DYNAMICS)}, got {dynamics!r}")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory must be positive or None, got {memory}")
     x = noise_like(X, n_samples, generator=generator) if x0 is None else x0

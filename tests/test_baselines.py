@@ -25,7 +25,7 @@ from mfm_ref.baselines import (
     systematic,
 )
 from mfm_ref.cost import evaluations
-from mfm_ref.sampling import time_grid
+from mfm_ref.sampling import DYNAMICS, EVALUATIONS, time_grid
 from mfm_ref.search import search
 from tests.helpers import LIMIT, MapOf, ReadsX, gaussian, line, line_cdf, moment_scores, normal, slope, z_scores
 from tests.strategies import INTERIOR, SEEDS, Case, assert_close, cases, mixtures, randn, random_mixture, rng
@@ -82,9 +82,9 @@ def test_the_best_of_n_has_the_law_of_a_maximum(dynamics, monkeypatch):
     assert ks_p_value(worst, cdf(5)) < P_LIMIT  # the sign of the reward
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["ode", "midpoint", "sde"]), SEEDS)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from(DYNAMICS), SEEDS)
 def test_best_of_n_is_the_best_of_its_own_candidates(n_samples, n, steps, dynamics, seed):
-    """Candidate by candidate, in chunks and not, and nK + n evaluations (the midpoint rule has two drifts a step)."""
+    """Candidate by candidate, in chunks and not, and nK + n evaluations, K those of the drift."""
     p1, reward = random_mixture(2, 2, seed), LinearReward(randn(2, seed=seed))
     arguments = {"steps": steps, "dynamics": dynamics}
     best, cost = best_of_n(ExactFlowMap(p1), reward, n_samples, n, generator=rng(seed), **arguments)
@@ -96,7 +96,7 @@ def test_best_of_n_is_the_best_of_its_own_candidates(n_samples, n, steps, dynami
     assert_close(best, expected, 1e-9, 1 + expected.abs().max())
     chunked, _ = best_of_n(ExactFlowMap(p1), reward, n_samples, n, max_rows=3, generator=rng(seed), **arguments)
     assert_close(chunked, best, 1e-9, 1 + best.abs().max())
-    assert cost.evaluations == evaluations("best_of_n", steps * (2 if dynamics == "midpoint" else 1), n=n)
+    assert cost.evaluations == evaluations("best_of_n", steps * EVALUATIONS[dynamics], n=n)
 
 
 def test_best_of_n_passes_labels_and_takes_any_shape():
@@ -338,12 +338,15 @@ def test_sde_rollouts_converge_to_the_posterior_at_weak_order_one(t, monkeypatch
     assert errors[-1] < 0.05 * truth.cov.norm()
 
 
-def test_sde_rollouts_have_the_posterior_moments_of_each_context():
-    """4,000 draws of a bimodal p₁ in each of three contexts, two statistics of 6e-7 each; another context's fail."""
+@pytest.mark.parametrize("sources", [1, 3])
+def test_sde_rollouts_have_the_posterior_moments_of_each_context(sources):
+    """4,000 draws of a bimodal p₁ in each of three contexts, two statistics of 6e-7 each; another context's fail. From
+    one generator, and from one for each context."""
     p1 = line()
     t = torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)
     x = torch.tensor([[1.0], [0.1], [-0.2]], dtype=torch.float64)
-    draws = sde_rollout(p1.drift, t, x, 4_000, 150, generator=rng(0))
+    source = rng(0) if sources == 1 else [rng(k) for k in range(sources)]
+    draws = sde_rollout(p1.drift, t, x, 4_000, 150, generator=source)
     truth = p1.posterior(t, x)
     for row in range(3):
         assert moment_scores(draws[:, row], truth.mean[row], truth.cov[row]) < LIMIT
@@ -363,6 +366,28 @@ def test_rollouts_pass_labels_and_take_any_shape(rollout):
     draws = rollout(towards, torch.tensor([0.0, 0.5, 0.25]), x, 3, 4, y=y, generator=rng(0))
     assert draws.shape == (3, 3, 2, 3)
     assert_close(draws, y.reshape(1, 3, 1, 1).expand(3, 3, 2, 3), 1e-4)
+
+
+@pytest.mark.parametrize("rollout", [glass_rollout, sde_rollout])
+def test_the_draws_of_a_context_come_from_its_own_generator(rollout):
+    """The same in any batch of contexts, to the bit for a drift of each entry alone; not so from one generator. The
+    draws of a context differ from each other, and two calls go on where the first stopped."""
+    x, t = randn(4, 2, 3, seed=1), torch.tensor([0.0, 0.3, 0.6, 0.9], dtype=torch.float64)
+
+    def call(rows, source):
+        return rollout(lambda t, x: torch.sin(2 * x), t[rows], x[rows], 3, 2, generator=source)
+
+    sources = [rng(k) for k in range(4)]
+    first, second = (call(range(4), sources) for _ in range(2))
+    part = [2, 0]
+    some = [rng(k) for k in part]
+    assert torch.equal(call(part, some), first[:, part])
+    assert torch.equal(call(part, some), second[:, part])
+    assert not torch.equal(call(part, rng(0)), call(range(4), rng(0))[:, part])
+    assert len(first[:, 0, 0, 0].unique()) == 3
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="generators must be one for each of 4 rows, got 3"):
+        call(range(4), sources[:3])
 
 
 def test_states_keep_their_dtype():

@@ -8,6 +8,7 @@ from torch import nn
 
 from mfm_ref import (
     MLP,
+    ClassifierFree,
     ExactFlowMap,
     FlowMap,
     GaussianMixture,
@@ -16,10 +17,14 @@ from mfm_ref import (
     diagonal_loss,
     glass_drift,
     guided_target,
+    integrate,
     lagrangian_target,
     meta_flow_map_loss,
+    sample_posterior,
 )
+from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.recipe import CONSISTENCY, mean_flow
+from mfm_ref.sampling import time_grid
 from tests.helpers import LIMIT, gaussian, z_scores
 from tests.strategies import SEEDS, assert_close, randn, random_mixture, rng, row_scale
 
@@ -190,6 +195,176 @@ def test_derivatives_pass_through_a_guided_map():
     b = X.velocity(0.7, 0.7, X(0.2, 0.7, z, 0.4, x, y, w), 0.4, x, y, w)
     residual = X.velocity(0.2, 0.7, z, 0.4, x, y, w) - lagrangian_target(Guided(X, w), 0.2, 0.7, z, 0.4, x, y)
     assert_close(residual.detach(), (moved - b).detach(), 1e-7, row_scale(b))
+
+
+# ---- classifier-free guidance --------------------------------------------------------------------------
+
+
+class Labelled(nn.Module):
+    """A network of each entry alone, any shape, without a guidance input; `calls` keeps labels and times."""
+
+    reads_tx, null_class = True, K
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape, self.calls = shape, []
+
+    def velocity(self, s, u, z, t, context, y):
+        self.calls.append((y, s, u, t))
+        y = torch.full_like(s, K) if y is None else y
+        s, u, t, y = (a.reshape(-1, *[1] * len(self.shape)) for a in (s, u, t, y))
+        return torch.sin(z * (1 + y) + s + 2 * u) + torch.cos(y + t) * context
+
+
+def labelled_batch(shape, n, seed):
+    """y with the null class, s <= u, z, t and x; every row its own."""
+    g = rng(seed)
+    s, u = torch.rand((2, n), generator=g, dtype=torch.float64).sort(0).values
+    t = torch.rand(n, generator=g, dtype=torch.float64)
+    return (
+        torch.randint(K + 1, (n,), generator=g),
+        s,
+        u,
+        randn(n, *shape, seed=seed),
+        t,
+        randn(n, *shape, seed=seed + 1),
+    )
+
+
+@given(st.sampled_from([(), (3,), (2, 3), (4, 2, 2)]), st.lists(SCALES, min_size=3, max_size=3), SEEDS)
+def test_classifier_free_guidance_is_v_null_plus_w_times_the_difference(shape, scales, seed):
+    """Against two calls of the map, in all four methods and for each form of the scale; rounding alone. Rows of the
+    null class are v(∅) at every w, labels None too, and w = 1 is the conditional map."""
+    X, w = FlowMap(Labelled(*shape)), torch.tensor(scales, dtype=torch.float64)
+    y, s, u, z, t, x = labelled_batch(shape, 3, seed)
+    for scale in (w, w[0], scales[0]):
+        guided = ClassifierFree(X, scale)
+        each = torch.as_tensor(scale, dtype=torch.float64).expand(3)
+        column, jump = (a.reshape(-1, *[1] * len(shape)) for a in (each, u - s))
+        for suffix in ("", "_from_tx"):
+            velocity, jumped = f"velocity{suffix}", suffix[1:] or "__call__"
+            v, null = (getattr(X, velocity)(s, u, z, t, x, labels) for labels in (y, None))
+            expected = null + column * (v - null)
+            found = getattr(guided, velocity)(s, u, z, t, x, y)
+            assert_close(found, expected, 1e-13, 10 * (1 + column))
+            assert_close(found[y == K], null[y == K], 1e-13, 10)
+            assert_close(getattr(guided, jumped)(s, u, z, t, x, y), z + jump * expected, 1e-13, 10 * (1 + column))
+            assert torch.equal(getattr(guided, velocity)(s, u, z, t, x), null)
+            assert_close(getattr(ClassifierFree(X, 1.0), velocity)(s, u, z, t, x, y), v, 1e-14, 10)
+    assert (guided.shape, guided.reads_tx, guided.dtype, guided.device) == (X.shape, X.reads_tx, X.dtype, X.device)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_other_rules_are_not_classifier_free_guidance(name):
+    """On the diagonal of the exact drifts, the guided one is E12's combination; the wrong rules are at least 0.01 off
+    in the mean square, the right one 1e-20."""
+    p1 = law()
+    y, s, z, t, x, _ = batch(p1, 200)
+    X, w = FlowMap(Ruled(p1, lambda null, b, w: b)), 1.5 + torch.rand(200, generator=rng(3), dtype=torch.float64)
+    v = ClassifierFree(X, w).velocity(s, s, z, t, x, y)
+    b, null = glass_drift(drift_of(p1), s, z, t, x, y), glass_drift(p1.drift, s, z, t, x)
+    for rule, wrong in ((right, False), (WRONG[name], True)):
+        error = (v - rule(null, b, w.unsqueeze(-1))).square().mean()
+        assert error > 0.01 if wrong else error < 1e-20
+
+
+def test_both_halves_go_to_the_network_in_one_batch_labels_first():
+    network = Labelled(2)
+    y, s, u, z, t, x = labelled_batch((2,), 5, seed=0)
+    ClassifierFree(FlowMap(network), 3.0).velocity(s, u, z, 0.25, x, y)
+    ((labels, *times),) = network.calls
+    assert torch.equal(labels, torch.cat([y, torch.full((5,), K)]))
+    for seen, given_ in zip(times, (s, u, torch.full((5,), 0.25, dtype=torch.float64)), strict=True):
+        assert torch.equal(seen, given_.repeat(2))
+    network.calls.clear()
+    ClassifierFree(FlowMap(network), 3.0).velocity(s, u, z, t, x)
+    assert [call[0] for call in network.calls] == [None]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_beyond_are_those_of_the_label(channels):
+    """The first are guided as without the option, the others keep v(y): not v(∅), and not the guided ones."""
+    X = FlowMap(Labelled(4, 2, 2))
+    y, s, u, z, t, x = labelled_batch((4, 2, 2), 3, seed=0)
+    y = y % K  # no null class among them
+    found = ClassifierFree(X, 4.0, channels=channels).velocity(s, u, z, t, x, y)
+    assert torch.equal(found[:, :channels], ClassifierFree(X, 4.0).velocity(s, u, z, t, x, y)[:, :channels])
+    assert_close(found[:, channels:], X.velocity(s, u, z, t, x, y)[:, channels:], 1e-14, 10)
+    assert (found - X.velocity(s, u, z, t, x, y))[:, :channels].abs().max() > 0.1
+    null = X.velocity(s, u, z, t, x)
+    assert torch.equal(ClassifierFree(X, 4.0, channels=channels).velocity(s, u, z, t, x), null)
+
+
+def test_classifier_free_guidance_samples_a_sharper_class():
+    """Classes N(±2, 1) and the null class their mixture: guided, the ODE ends nearer to its own class's side and
+    beyond its mean; w = 1 has the class's law. The mean of 2,000 samples, LIMIT standard errors of 1/√2000."""
+    one = torch.ones(1, dtype=torch.float64)
+    p1 = GaussianMixture(
+        torch.full((K,), 1 / K).double(), torch.tensor([[-2.0], [0.0], [2.0]]).double(), one.expand(K, 1, 1)
+    )
+    X = FlowMap(Ruled(p1, lambda null, b, w: b))
+    x, y = randn(2_000, 1, seed=0), torch.full((2_000,), 2)
+    ends = {}
+    for w in (1.0, 3.0):
+        guided = ClassifierFree(X, w)
+        drift = lambda t, x, guided=guided: unconditional_drift(guided, t, x, y)  # noqa: E731
+        ends[w] = integrate(drift, x, time_grid(20), dynamics="dopri5").mean().item()
+    assert abs(ends[1.0] - 2) < LIMIT / 2_000**0.5
+    assert ends[3.0] > 2 + LIMIT / 2_000**0.5
+    draws = sample_posterior(ClassifierFree(X, 3.0), 0.3, x[:5], 2, 4, y=y[:5], generator=rng(0))
+    assert draws.shape == (2, 5, 1)
+
+
+def test_derivatives_pass_through_classifier_free_guidance():
+    """The gradient in z and the forward-mode derivative in u are those of the two calls' combination."""
+    X, w = FlowMap(trained_mlp()), 2.5
+    y, s, u, z, t, x = labelled_batch((2,), 4, seed=0)
+
+    def apart(z, u):
+        return X.velocity(s, u, z, t, x) + w * (X.velocity(s, u, z, t, x, y) - X.velocity(s, u, z, t, x))
+
+    guided, tangents = ClassifierFree(X, w), (randn(4, 2, seed=5), 0.1 * torch.ones(4).double())
+    together = torch.func.jvp(lambda z, u: guided.velocity(s, u, z, t, x, y), (z, u), tangents)
+    for found, expected in zip(together, torch.func.jvp(apart, (z, u), tangents), strict=True):
+        assert_close(found.detach(), expected.detach(), 1e-10, row_scale(expected))
+    leaf = z.clone().requires_grad_()
+    gradient, expected = (
+        torch.autograd.grad(f(leaf).sum(), leaf)[0]
+        for f in (lambda z: guided.velocity(s, u, z, t, x, y), lambda z: apart(z, u))
+    )
+    assert_close(gradient, expected, 1e-10, row_scale(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "y", "match"),
+    [
+        ({"scale": 0.5}, Y := torch.tensor([0, 1, 2, 3]), "guidance must be at least 1, got 0.5"),
+        ({"scale": torch.ones(3)}, Y, r"guidance must have shape \(\) or \(4,\), got \(3,\)"),
+        ({"scale": float("nan")}, None, "guidance must be at least 1, got nan"),
+        ({}, Y[:3], r"labels y must have shape \(4,\), got \(3,\)"),
+        ({}, Y.unsqueeze(-1), r"labels y must have shape \(4,\), got \(4, 1\)"),
+        ({"channels": 0}, Y, "channels must be an integer >= 1, got 0"),
+        ({"channels": 3}, Y, r"channels must be at most the first of the shape \(2,\), got 3"),
+    ],
+)
+def test_classifier_free_guidance_refuses(options, y, match):
+    X, z = FlowMap(Labelled(2)), randn(4, 2, seed=1)
+    with pytest.raises(ValueError, match=match):
+        ClassifierFree(X, **{"scale": 2.0} | options).velocity(0.1, 0.5, z, 0.4, z, y)
+
+
+def test_classifier_free_guidance_needs_a_null_class_and_a_map_as_it_is():
+    X, z = FlowMap(MLP(torch.zeros(2).double(), torch.eye(2).double(), hidden=8)), randn(4, 2, seed=1)
+    with pytest.raises(ValueError, match="guidance needs a network with a null_class; MLP has none"):
+        ClassifierFree(X, 2.0)
+    with pytest.raises(ValueError, match=r"channels must be at most the first of the shape \(\), got 1"):
+        ClassifierFree(FlowMap(Labelled()), 2.0, channels=1)
+    network = Labelled(2)
+    network.reads_tx = False
+    with pytest.raises(ValueError, match="reads its context as x"):
+        ClassifierFree(FlowMap(network), 2.0).from_tx(0.1, 0.5, z, 0.4, z, torch.tensor([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="s <= u"):
+        ClassifierFree(FlowMap(Labelled(2)), 2.0)(0.5, 0.1, z, 0.4, z, torch.tensor([0, 1, 2, 3]))
 
 
 # ---- the whole loss ------------------------------------------------------------------------------------

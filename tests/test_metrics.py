@@ -1,4 +1,4 @@
-"""Sliced W₂, MMD and Fréchet distance against closed forms, brute force and laws known to be equal or not."""
+"""Sliced W₂, MMD, Fréchet distance and its statistics: closed forms, brute force, and laws known to be equal or not."""
 
 import math
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.optimize import linear_sum_assignment
 
-from mfm_ref import frechet_distance, mmd, sliced_wasserstein
+from mfm_ref import FeatureStatistics, frechet_distance, frechet_gaussian, mmd, sliced_wasserstein
 from mfm_ref.metrics import coverage, vendi_score
 from tests.helpers import LIMIT, gaussian, z_scores
 from tests.strategies import SEEDS, assert_close, randn, rng
@@ -177,6 +177,196 @@ def test_frechet_distance_in_float32_is_made_in_double_precision():
 def test_frechet_distance_refuses_single_samples():
     with pytest.raises(ValueError, match="at least two samples of each set, got 4 and 1"):
         frechet_distance(torch.zeros(4, 2), torch.zeros(1, 2))
+
+
+# ---- Fréchet distance of moments -----------------------------------------------------------------------
+
+
+def random_cov(dim, rank, seed):
+    """A covariance of that rank, with eigenvalues of all sizes from 1e-3 to 10 or so."""
+    root = randn(dim, rank, seed=seed) * 10 ** (
+        2 * torch.rand(rank, generator=rng(seed + 1), dtype=torch.float64) - 1.5
+    )
+    return root @ root.T
+
+
+@given(st.integers(1, 6), SEEDS)
+def test_frechet_gaussian_of_common_axes_is_in_closed_form(dim, seed):
+    """|μ − ν|² + Σ (σ_i − τ_i)²: diagonal covariances, then turned together; some deviations are 0. In one dimension
+    this is (μ − ν)² + (σ − τ)². Squares in the place of the deviations are another number."""
+    basis = torch.linalg.qr(randn(dim, dim, seed=seed)).Q
+    means, stds = randn(2, dim, seed=seed + 1), randn(2, dim, seed=seed + 2).clamp_min(0)
+    expected = (means[0] - means[1]).square().sum() + (stds[0] - stds[1]).square().sum()
+    for turn in (torch.eye(dim, dtype=torch.float64), basis):
+        a, b = (turn * std**2 @ turn.T for std in stds)
+        assert_close(frechet_gaussian(means[0], a, means[1], b), expected, 1e-9)
+
+
+@given(st.integers(2, 6), SEEDS)
+def test_frechet_gaussian_is_that_of_scipys_matrix_root(dim, seed):
+    """tr (A^½ B A^½)^½ by SciPy's roots, for covariances that do not commute, and tr A^½ B^½, which is less."""
+    a, b = random_cov(dim, dim + 2, seed), random_cov(dim, dim + 2, seed + 9)
+    mean = randn(2, dim, seed=seed + 20)
+    root = sqrtm(a.numpy())
+    trace = np.trace(sqrtm(root @ b.numpy() @ root)).real
+    expected = (mean[0] - mean[1]).square().sum().item() + float(a.trace() + b.trace()) - 2 * trace
+    found = frechet_gaussian(mean[0], a, mean[1], b)
+    size = float(a.trace() + b.trace())
+    assert float(found) == pytest.approx(expected, abs=1e-7 * size)  # a root of rounding, in SciPy's
+    assert_close(frechet_gaussian(mean[1], b, mean[0], a), found, 1e-12, size)
+    commuting = np.trace(root @ sqrtm(b.numpy())).real
+    assert commuting < trace + 1e-7 * size
+
+
+def test_roots_one_by_one_are_another_distance():
+    """tr A^½ B^½ in the place of tr (A^½ B A^½)^½, which agrees where the axes are common."""
+    a, b = random_cov(3, 5, seed=1), random_cov(3, 5, seed=2)
+    root = sqrtm(a.numpy())
+    trace, wrong = np.trace(sqrtm(root @ b.numpy() @ root)).real, np.trace(root @ sqrtm(b.numpy())).real
+    found = frechet_gaussian(torch.zeros(3), a, torch.zeros(3), b)
+    assert float(a.trace() + b.trace() - found) / 2 == pytest.approx(trace, rel=1e-7)
+    assert wrong < 0.98 * trace
+
+
+@given(st.integers(2, 9), st.integers(2, 9), SEEDS)
+def test_frechet_gaussian_agrees_with_the_distance_of_the_samples(n, m, seed):
+    """At any rank, that of QR decompositions of the samples: 5 coordinates, n and m from 2 to 9, to 1e-12."""
+    x, y = 3 * randn(n, 5, seed=seed), randn(m, 5, seed=seed + 1) * torch.logspace(0, -4, 5) + 1
+    moments = [moment for samples in (x, y) for moment in (samples.mean(0), samples.T.cov())]
+    distance = frechet_distance(x, y)
+    assert_close(frechet_gaussian(*moments), distance, 1e-12, 1 + distance)
+    own = frechet_gaussian(*moments[:2], *moments[:2])
+    assert_close(own, torch.zeros((), dtype=torch.float64), 1e-12, 1 + distance)
+
+
+def test_frechet_gaussian_needs_no_full_rank():
+    """300 coordinates and covariances of rank 20 and 300, where roots of rounding would add up to 1e-6; also points."""
+    x, y = randn(21, 300, seed=0), randn(400, 300, seed=1)
+    distance = frechet_gaussian(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert_close(distance, frechet_distance(x, y), 1e-12, float(distance))
+    point, zero = torch.ones(300), torch.zeros(300, 300)
+    assert_close(frechet_gaussian(point, zero, 3 * point, zero), torch.tensor(1200.0).double(), 1e-9)
+    cov = y.T.cov()
+    assert_close(frechet_gaussian(point, zero, point, cov), cov.trace(), 1e-9)
+
+
+def test_frechet_gaussian_in_float32_is_near():
+    """Moments rounded to single precision, where a covariance of low rank has negative eigenvalues."""
+    x, y = randn(10, 40, seed=0), randn(60, 40, seed=1)
+    moments = [moment.float() for samples in (x, y) for moment in (samples.mean(0), samples.T.cov())]
+    assert float(torch.linalg.eigvalsh(moments[1].double())[0]) < 0
+    distance = frechet_gaussian(*moments)
+    assert distance.dtype == torch.float64
+    assert float(distance) == pytest.approx(float(frechet_distance(x, y)), rel=1e-3)
+
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"mean_a": torch.zeros(2)}, r"with one F, got mean_a \(2,\), cov_a \(3, 3\)"),
+        ({"mean_b": torch.zeros(2)}, r"with one F, got mean_b \(2,\), cov_b \(3, 3\)"),
+        ({"cov_b": torch.eye(4)}, r"with one F, got mean_b \(3,\), cov_b \(4, 4\)"),
+        ({"cov_a": torch.ones(3)}, r"with one F, got mean_a \(3,\), cov_a \(3,\)"),
+        ({"mean_a": torch.zeros(())}, r"with one F, got mean_a \(\)"),
+        ({"mean_b": torch.full((3,), math.nan)}, "mean_b must be finite, got 3"),
+        ({"cov_a": math.inf * torch.ones(3, 3)}, "cov_a must be finite, got 9"),
+        ({"cov_b": EYE + torch.tensor([[0, 1e-3, 0], [0, 0, 0], [0, 0, 0]])}, "cov_b must be symmetric, got .* 0.001"),
+        ({"cov_a": EYE - 1.5 * torch.ones(3, 3) / 3}, "cov_a must have no negative eigenvalue, got -0.5"),
+    ],
+)
+def test_frechet_gaussian_refuses(change, match):
+    moments = {"mean_a": torch.zeros(3), "cov_a": EYE, "mean_b": torch.zeros(3), "cov_b": EYE} | change
+    with pytest.raises(ValueError, match=match):
+        frechet_gaussian(**moments)
+
+
+# ---- streaming statistics ------------------------------------------------------------------------------
+
+
+def statistics_of(*batches):
+    found = FeatureStatistics()
+    for batch in batches:
+        found.update(batch)
+    return found
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 5), SEEDS, st.data())
+def test_statistics_are_numpys_however_the_batches_are_cut(sizes, dim, seed, data):
+    """Streamed in order; and each batch apart, merged in another order, with empty ones among them."""
+    n = max(2, sum(sizes))
+    sizes = [*sizes[:-1], sizes[-1] + n - sum(sizes)]
+    x = 3 + randn(n, dim, seed=seed) @ randn(dim, dim, seed=seed + 1)
+    batches = x.split(sizes)
+    merged = FeatureStatistics()
+    for k in data.draw(st.permutations(range(len(batches)))):
+        merged.merge(statistics_of(batches[k]))
+        merged.merge(FeatureStatistics())
+    mean, cov = x.numpy().mean(0), np.cov(x.numpy(), rowvar=False).reshape(dim, dim)
+    for found in (statistics_of(*batches), merged):
+        assert found.count == n
+        assert_close(found.mean, torch.from_numpy(mean), 1e-12, 1 + np.abs(mean).max())
+        assert_close(found.cov, torch.from_numpy(cov), 1e-12, 1 + np.abs(cov).max())
+        assert torch.equal(found.cov, found.cov.mT)
+
+
+def test_statistics_far_from_the_origin_keep_their_digits():
+    """Unit covariance at 1e7: to 1e-6 in batches of one or of 64, where E xxᵀ − μμᵀ keeps not one digit."""
+    x = 1e7 + randn(640, 3, seed=0)
+    expected = torch.from_numpy(np.cov(x.numpy(), rowvar=False))
+    for size in (1, 64):
+        assert_close(statistics_of(*x.split(size)).cov, expected, 1e-6)
+    squares = x.T @ x / len(x) - x.mean(0).outer(x.mean(0))
+    assert (squares * len(x) / (len(x) - 1) - expected).abs().max() > 1e-3
+
+
+def test_statistics_of_single_precision_are_made_in_double():
+    x = randn(50, 4, seed=0).float()
+    found = statistics_of(*x.split(7))
+    assert found.mean.dtype == found.cov.dtype == torch.float64
+    assert_close(found.cov, x.double().T.cov(), 1e-12)
+    assert_close(found.mean, x.double().mean(0), 1e-12)
+
+
+def test_the_distance_of_statistics_is_that_of_the_samples():
+    x, y = randn(40, 6, seed=0), 2 * randn(50, 6, seed=1)
+    a, b = (statistics_of(*samples.split(8)) for samples in (x, y))
+    assert_close(frechet_gaussian(a.mean, a.cov, b.mean, b.cov), frechet_distance(x, y), 1e-11)
+
+
+def test_a_merge_leaves_the_other_as_it_is():
+    first, second = statistics_of(randn(5, 2, seed=0)), statistics_of(randn(5, 2, seed=1))
+    mean, cov, joined = second.mean.clone(), second.cov.clone(), FeatureStatistics()
+    joined.merge(second)
+    joined.merge(first)
+    joined.update(randn(3, 2, seed=2))
+    assert torch.equal(second.mean, mean)
+    assert torch.equal(second.cov, cov)
+    assert (joined.count, second.count) == (13, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda found: found.update(torch.ones(3)), r"features must be \(n, F\) with n >= 1, got \(3,\)"),
+        (lambda found: found.update(torch.ones(0, 2)), r"features must be \(n, F\) with n >= 1, got \(0, 2\)"),
+        (lambda found: found.update(torch.full((1, 2), math.nan)), "the features must be finite"),
+        (lambda found: found.update(torch.ones(3, 1)), "features must have the same F, got 1 after 2"),
+        (lambda found: found.merge(statistics_of(torch.ones(3, 4))), "features must have the same F, got 4 after 2"),
+        (lambda found: found.cov, "at least two feature vectors, got 1"),
+        (lambda found: FeatureStatistics().cov, "at least two feature vectors, got 0"),
+        (lambda found: FeatureStatistics().mean, "at least one feature vector, got 0"),
+    ],
+)
+def test_statistics_refuse(call, match):
+    """And what was refused has changed nothing."""
+    found = statistics_of(torch.tensor([[1.0, 2.0]]))
+    with pytest.raises(ValueError, match=match):
+        call(found)
+    assert found.count == 1
+    assert found.mean.tolist() == [1, 2]
 
 
 # ---- refusals and precision ----------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The noises of posterior draws: each one N(0, I), rows apart, pairs that cancel, and Sobol points that fill the space.
+"""Where noise comes from: one generator, or one for each row, whose numbers are then those of that row in any batch.
+
+The noises of posterior draws: each one N(0, I), rows apart, pairs that cancel, and Sobol points that fill the space.
 
 `LIMIT` of `helpers` bounds the statistics; the Kolmogorov–Smirnov tests raise a false alarm each with ALARM, at fixed
 seeds.
@@ -8,11 +10,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from torch.quasirandom import SobolEngine
 
 from mfm_ref import posterior_noise
+from mfm_ref.noise import normal
 from tests.helpers import LIMIT, slope, z_scores
+from tests.strategies import SEEDS
 
 KINDS = ("independent", "antithetic", "sobol")
 ALARM = 1e-5  # for each of some 40 tests
@@ -40,6 +46,59 @@ def smooth(eps):
 
 
 SMOOTH_MEAN = math.exp(-1 / 2) * math.sin(1) + math.exp(1 / 8)
+
+
+# ---- one generator, or one for each row ------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), SEEDS, st.sampled_from([torch.float32, torch.float64]))
+def test_from_one_generator_it_is_torchs_own_stream(shape, seed, dtype):
+    """To the bit, and the generator is left where torch leaves it; None is torch's default generator."""
+    ours, torchs = rng(seed), rng(seed)
+    for _ in range(2):
+        drawn = normal(tuple(shape), torch.zeros(1, dtype=dtype), ours)
+        assert torch.equal(drawn, torch.randn(shape, generator=torchs, dtype=dtype))
+    torch.manual_seed(seed)
+    drawn = normal(tuple(shape), torch.zeros(1, dtype=dtype), None)
+    torch.manual_seed(seed)
+    assert torch.equal(drawn, torch.randn(shape, dtype=dtype))
+
+
+@given(st.lists(SEEDS, max_size=5), st.lists(st.integers(1, 20), max_size=2), st.integers(0, 2), st.data())
+def test_a_row_is_drawn_from_its_own_generator_in_any_batch(seeds, rest, before, data):
+    """The rows are those that the generators give one by one, wherever their dimension stands; so a shuffled part of
+    the batch has the same rows, in two calls one after the other."""
+    lead = tuple(range(2, 2 + before))  # the dimensions before that of the rows
+    part = data.draw(st.permutations(range(len(seeds)))) if seeds else []
+    part = part[: data.draw(st.integers(0, len(part)))]
+
+    def two_calls(numbers):
+        sources, shape = [rng(seeds[k]) for k in numbers], (*lead, len(numbers), *rest)
+        return [normal(shape, torch.zeros(1).double(), sources, rows=len(lead)).movedim(len(lead), 0) for _ in range(2)]
+
+    whole = two_calls(range(len(seeds)))
+    for k, seed in enumerate(seeds):
+        alone = rng(seed)
+        for call in whole:
+            assert torch.equal(call[k], torch.randn((*lead, *rest), generator=alone, dtype=torch.float64))
+    for all_rows, some in zip(whole, two_calls(part), strict=True):
+        assert some.shape == (len(part), *lead, *rest)
+        assert torch.equal(some, all_rows[part])
+
+
+def test_rows_of_generators_are_normal_and_independent():
+    """Neighbouring seeds, as scripts give to neighbouring samples; rows of one seed are equal and fail."""
+    rows = normal((20_000, 3), torch.zeros(1), [rng(k) for k in range(20_000)])
+    assert normal_p(rows) > ALARM
+    assert z_scores(rows[:-1] * rows[1:], 0.0).abs().max() < LIMIT
+    same = normal((200, 3), torch.zeros(1), [rng(0) for _ in range(200)])
+    assert z_scores(same[:-1] * same[1:], 0.0).abs().max() > LIMIT
+
+
+@pytest.mark.parametrize(("rows", "needed"), [(0, 2), (1, 3), (-1, 4)])
+def test_other_numbers_of_generators_are_refused(rows, needed):
+    with pytest.raises(ValueError, match=f"generators must be one for each of {needed} rows, got 5"):
+        normal((2, 3, 4), torch.zeros(1), [rng(k) for k in range(5)], rows=rows)
 
 
 # ---- the law of each noise -------------------------------------------------------------------------------
