@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import dual_level
 from torch.nn.functional import layer_norm, linear
 from torch.overrides import TorchFunctionMode
@@ -29,12 +30,21 @@ def derivative(f: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Te
     if torch.compiler.is_compiling():  # compilers drop what is zero
         value, slope = torch.func.jvp(f, at, along)[:2]
         return value, slope
-    with dual_level():
+    # A function that is compiled inside a derivative would lose its tangents without a word: it runs eager here.
+    with torch.compiler.set_stance("force_eager"), dual_level():
         arguments = [_join(a, tangent) for a, tangent in zip(at, along, strict=True)]
         with SkipZeroTangents():
             result = f(*arguments)
         value, slope = _split(result)
         return value, torch.zeros_like(value) if slope is None else slope
+
+
+def differentiating() -> bool:
+    """Whether a forward-mode derivative is being taken: within `derivative`, `torch.func.jvp` or a `dual_level`.
+
+    For networks with operations that have none, as torch's fused attention, and another way to compute the same.
+    """
+    return forward_ad._current_level >= 0
 
 
 class SkipZeroTangents(TorchFunctionMode):

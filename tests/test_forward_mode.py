@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,3 +168,18 @@ def test_no_graph_under_no_grad_and_one_outside():
         assert not derivative(lambda x: x * weight, (X,), (DX,))[1].requires_grad
     slope = derivative(lambda x: x * weight, (X,), (DX,))[1]
     torch.testing.assert_close(torch.autograd.grad(slope.sum(), weight)[0], DX.sum(0))
+
+
+def test_a_function_that_is_compiled_runs_eager_within():
+    """Kernels that a compiler made drop the tangents that come in: the derivative would be zero without a word."""
+
+    def kernels(graph, inputs):
+        return lambda *a: graph(*(forward_ad.unpack_dual(value).primal for value in a))
+
+    f = torch.compile(lambda a: (a * a).sin(), backend=kernels)
+    at, along = randn(4, seed=1), randn(4, seed=2)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(f(forward_ad.make_dual(at, along))).tangent is None
+    value, slope = derivative(f, (at,), (along,))
+    assert torch.allclose(slope, 2 * at * (at * at).cos() * along)
+    assert torch.equal(value, (at * at).sin())

@@ -1,24 +1,18 @@
-"""What the toy scripts share: a command line made from a dataclass, and its options."""
+"""What the toy scripts share: their options, seeds and tables."""
 
-import argparse
 import ctypes
 import dataclasses
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from mfm_ref.files import load_json
-
-Config = TypeVar("Config", bound="ToyConfig")
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of a config, with the line that `--help` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": text})
+from mfm_ref.options import option as option
+from mfm_ref.options import parse as parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +24,6 @@ class ToyConfig:
     device: str = option("cpu", "where torch computes: cpu, cuda, …")
     fast: bool = option(False, "a run of seconds that only shows that everything works")
     threads: int = option(1, "of torch on a CPU; with small tensors, more of them mostly wait for each other")
-
-
-def parse(config: type[Config], description: str, arguments: list[str] | None = None) -> Config:
-    """A config from the command line: one option `--name` a field, a flag for a bool."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(config):
-        name, kind = "--" + field.name.replace("_", "-"), type(field.default)
-        text = field.metadata.get("help", " ")
-        if kind is bool:
-            parser.add_argument(name, action="store_true", help=text)
-        else:
-            parser.add_argument(name, type=kind, default=field.default, help=text)
-    return config(**vars(parser.parse_args(arguments)))
 
 
 def resumable(config: ToyConfig, stage: str) -> dict[str, Any]:
