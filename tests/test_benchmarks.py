@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import objectives, steering
+from benchmarks import imagenet, objectives, steering
+from benchmarks.imagenet import ImagenetConfig, flops_of
 from benchmarks.objectives import OBJECTIVES, BenchmarkConfig, Passes, loss_of
 from benchmarks.steering import SteeringConfig, loop_drift
 from benchmarks.transformer import Transformer
+from imagenet import sit
 from mfm_ref import FlowMap, doob_drift
 from mfm_ref.noise import posterior_noise
 from tests.strategies import randn
@@ -162,3 +165,35 @@ def test_tokens_are_the_patches():
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="must divide"):
         Transformer((1, 5, 4))
+
+
+def test_operations_of_a_pass_are_those_that_torch_counts(monkeypatch):
+    """Of the matrix products one by one, with attention written out: the fused kernel is not counted on a CPU."""
+    monkeypatch.setattr(sit, "differentiating", lambda: True)
+    network = sit.build("tiny", "mfm", shape=[4, 8, 8], guidance=[1.0, 2.5])
+    z, time = torch.randn(3, *network.shape), torch.rand(3)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.velocity(time, time, z, time, z)
+    assert counter.get_total_flops() == 3 * flops_of(network)
+
+
+def test_operations_of_the_large_network():
+    """24 N d² + 4 N² d in each of 28 blocks of width 1152 and 256 tokens, and 0.2 % for all else."""
+    with torch.device("meta"):
+        network = sit.build("XL/2", "mfm")
+    blocks = 28 * (24 * 256 * 1152**2 + 4 * 256**2 * 1152)
+    assert blocks < flops_of(network) < 1.003 * blocks
+
+
+def test_the_benchmark_of_the_transformer_runs_and_writes_what_it_prints(tmp_path):
+    config = ImagenetConfig(
+        out=tmp_path, size="tiny", side=8, batches="1,2", precision="float32", compile=False, product=64, repeats=1,
+        calls=1, warm_up=1, device="cpu", threads=1, date="2026-01-31",
+    )  # fmt: skip
+    report = imagenet.main(config)
+    assert json.loads((tmp_path / "imagenet.json").read_text()) == report
+    assert [(row["batch"], row["steps"]) for row in report["rows"]] == [(1, 1), (1, 4), (2, 1), (2, 4)]
+    assert imagenet.tables(report).count("\n") == 5
+    for row in report["rows"]:
+        assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["utilisation"] == pytest.approx(row["flops_per_second"] / report["matrix_rate"])
