@@ -1,0 +1,368 @@
+"""How good are samples and posteriors? Fréchet distances, and values set against those of SDE rollouts.
+
+    python -m imagenet.evaluate fid --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+    python -m imagenet.evaluate recovery --posteriors runs/posteriors --reference VIRTUAL_imagenet256_labeled.npz
+    python -m imagenet.evaluate values --posteriors runs/posteriors --reward brightness --scale 10
+
+`fid` is the squared Fréchet distance of samples to a reference: the FID, where the features are the Inception's. Either
+file is npz, with ADM's statistics mu and sigma or with uint8 images arr_0. --save-statistics keeps those of --samples.
+
+`recovery` is the same for every posterior that `imagenet.posterior` wrote, by time, method and evaluations of a network
+for one draw. `values` takes the value (E15) of each noised image from its draws, under a reward of decoded images, and
+correlates it over the images with the value by SDE rollouts. Both write JSON, a Markdown table and a picture.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imagenet.evaluate_report import NAMES, Entry, draw_curves, table
+from imagenet.features import (
+    BATCH,
+    INCEPTION,
+    Statistics,
+    as_tensor,
+    count_images,
+    distance,
+    image_batches,
+    remarks,
+    save_statistics,
+    statistics_of,
+)
+from imagenet.rewards import load_reward
+from imagenet.run import check_device, device_name, numbers, refusing
+from mfm_ref.checks import Reward, check_count, check_uncoupled, evaluate_reward
+from mfm_ref.estimators import log_mean_exp
+from mfm_ref.files import atomic_path, load_json, save_json
+from mfm_ref.options import add_options, option
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureOptions:
+    """Options of whatever takes features of images."""
+
+    features: str = option(INCEPTION, "the extractor: torch-fidelity, a TorchScript file or module:function")
+    batch: int = option(BATCH, "images in one call of the extractor")
+    device: str = option("cpu", "where torch computes: cpu, cuda, …")
+
+
+@dataclasses.dataclass(frozen=True)
+class FidOptions(FeatureOptions):
+    """Options of `fid`."""
+
+    samples: str = option("", "npz file of the samples, or of their statistics")
+    reference: str = option("", "npz file of the reference; not needed with --save-statistics")
+    save_statistics: str = option("", "npz file to keep the statistics of the samples in, laid out as ADM's")
+    out: str = option("", "JSON file of the result; fid.json beside the samples where it is empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoveryOptions(FeatureOptions):
+    """Options of `recovery`."""
+
+    posteriors: str = option("", "folder that imagenet.posterior wrote")
+    reference: str = option("", "npz file of the reference; the clean images in that folder where it is empty")
+    out: str = option("", "folder of the results; that of the posteriors where it is empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueOptions:
+    """Options of `values`."""
+
+    posteriors: str = option("", "folder that imagenet.posterior wrote")
+    reward: str = option(
+        "brightness", "of images in [0, 1], (B, 3, H, W) -> (B,): brightness, contrast, redness or module:function"
+    )
+    scale: float = option(1.0, "the reward is multiplied by this")
+    draws: str = option("", "numbers of draws in a value, such as 1,16,200; all that there are where it is empty")
+    batch: int = option(BATCH, "images in one call of the reward")
+    device: str = option("cpu", "where torch computes: cpu, cuda, …")
+    out: str = option("", "folder of the results; that of the posteriors where it is empty")
+
+
+# ---- Fréchet distances -----------------------------------------------------------------------------------
+
+
+def fid(config: FidOptions) -> str:
+    """The distance of samples to a reference, as JSON; returns what is to be printed.
+
+    Raises:
+        ValueError: options that are missing, files that cannot be read, features that do not go together.
+    """
+    if not config.samples or not (config.reference or config.save_statistics):
+        raise ValueError("fid needs --samples, and --reference or --save-statistics")
+    samples, lines = _statistics(config, config.samples), []
+    if config.save_statistics:
+        save_statistics(samples, Path(config.save_statistics))
+        lines.append(f"{config.save_statistics} has the statistics of {_words(samples)}")
+    if config.reference:
+        result = _distance_of(config, samples, _statistics(config, config.reference))
+        save_json(result, Path(config.out or Path(config.samples).with_name("fid.json")))
+        lines += [result["line"], *(f"note: {remark}" for remark in result["remarks"])]
+    return "\n".join(lines)
+
+
+def _distance_of(config: FidOptions, samples: Statistics, reference: Statistics) -> dict[str, Any]:
+    """The result of `fid`, with the settings that imagenet.sample left beside the samples, if it did."""
+    sampling = Path(config.samples).with_name("settings.json")
+    found = distance(samples, reference)
+    return {
+        "fid": found,
+        "line": f"FID {found:.6g} of {_words(samples)} to {_words(reference)}",
+        "remarks": remarks(samples.source, samples) + remarks(reference.source, reference),
+        "samples": _described(samples),
+        "reference": _described(reference),
+        "sampling": load_json(sampling) if sampling.is_file() else None,
+        **_settings(config),
+    }
+
+
+def recovery(config: RecoveryOptions) -> str:
+    """The distance of each posterior to a reference: recovery.json, .md and .png; returns what is to be printed.
+
+    Raises:
+        ValueError: options that are missing, files that cannot be read, features that do not go together.
+    """
+    folder, record = read_posteriors(config.posteriors)
+    reference = _statistics(config, config.reference or str(folder / "clean" / "samples.npz"))
+    entries = []
+    for posterior in tqdm(record["posteriors"], desc="recovery", leave=False):
+        samples = _statistics(config, str(draws_of(folder, record, posterior)))
+        entries.append(_key(posterior) | {"fid": distance(samples, reference)})
+    caption = (
+        f"FID of {record['draws']} posterior draws for each of {record['contexts']} noised images to "
+        f"{_words(reference)}, by evaluations of a network for one draw. Features: {samples.features}."
+    )
+    result = {
+        "caption": caption,
+        "remarks": remarks(reference.source, reference) + remarks("each posterior", samples),
+        "results": entries,
+        "reference": _described(reference),
+    }
+    return _write(config, folder, record, "recovery", result)
+
+
+def _statistics(config: FeatureOptions, path: str) -> Statistics:
+    return statistics_of(Path(path), config.features, batch=config.batch, device=config.device)
+
+
+def _described(found: Statistics) -> dict[str, Any]:
+    return {"file": found.source, "images": found.count, "size": len(found.mean), "features": found.features}
+
+
+def _words(found: Statistics) -> str:
+    return f"{found.source} ({'an unknown number of' if found.count is None else found.count} images)"
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+
+def values(config: ValueOptions) -> str:
+    """Pearson r of values with those by SDE rollouts: values.json, .md and .png; returns what is to be printed.
+
+    The value of a noised image is E15 of scale · reward over its draws. The reference at each time is the SDE rollout
+    of the most evaluations, with all of its draws; all other posteriors are set against it.
+
+    Raises:
+        ValueError: options that are missing or of no use, files that cannot be read, a reward that does not fit,
+            fewer than 3 noised images, a time without an SDE rollout or with nothing else.
+    """
+    folder, record = read_posteriors(config.posteriors)
+    if record["contexts"] < 3:
+        raise ValueError(f"a correlation needs at least 3 noised images, {folder} has {record['contexts']}")
+    if not math.isfinite(config.scale):
+        raise ValueError(f"--scale must be finite, got {config.scale}")
+    counts, reward, truth = _counts(config.draws, record["draws"]), load_reward(config.reward), _references(record)
+    rewards = {}
+    for posterior in tqdm(record["posteriors"], desc="rewards", leave=False):
+        flat = torch.cat(list(rewards_of(reward, draws_of(folder, record, posterior), config.batch, config.device)))
+        rewards[posterior["folder"]] = config.scale * flat.view(record["contexts"], record["draws"]).T  # (n, contexts)
+    entries = []
+    for posterior in record["posteriors"]:
+        expected = log_mean_exp(rewards[truth[posterior["t"]]["folder"]])
+        for n in counts if posterior is not truth[posterior["t"]] else ():
+            found = agreement(log_mean_exp(rewards[posterior["folder"]][:n]), expected)
+            entries.append(_key(posterior) | {"draws": n, "value_evaluations": n * posterior["evaluations"]} | found)
+    steps = ", ".join(f"{n:g}" for n in sorted({posterior["evaluations"] for posterior in truth.values()}))
+    caption = (
+        f"Pearson r, over {record['contexts']} noised images, of values under {config.scale:g} · {config.reward} with "
+        f"those by {record['draws']} SDE rollouts of {steps} evaluations. Evaluations are of a network for one draw, "
+        "draws those in one value. ± is a standard error by a jackknife over the images; in brackets is the root mean "
+        "square difference of the values, in which, unlike in r, a bias counts: one evaluation of a rollout, the "
+        "posterior's mean, has no noise."
+    )
+    notes = [f"{entry['why']} (t = {entry['t']:g}, {NAMES[entry['method']]})" for entry in entries if entry["why"]]
+    result = {"caption": caption, "remarks": list(dict.fromkeys(notes)), "results": entries}
+    return _write(config, folder, record, "values", result)
+
+
+@torch.no_grad()
+def rewards_of(reward: Reward, path: Path, batch: int = BATCH, device: str = "cpu") -> Iterator[Tensor]:
+    """The rewards of the images in a file, `(<= batch,)` at a time, in double precision.
+
+    Raises:
+        ValueError: from `image_batches` and `evaluate_reward`; a reward of one image that depends on the others.
+    """
+    for k, images in enumerate(image_batches(path, batch)):
+        x = as_tensor(images, device).float() / 255
+        r = evaluate_reward(reward, x)
+        if k == 0 and len(x) > 1:
+            check_uncoupled(reward, x, r)
+        yield r.double().cpu()
+
+
+def agreement(a: Tensor, b: Tensor) -> dict[str, Any]:
+    """How estimates `(n,)` agree with a reference `(n,)`, n >= 3.
+
+    Returns:
+        `r`: Pearson's correlation; `r_error`: its standard error by a jackknife; both None where a or b is constant up
+        to rounding, and the error where one is constant but for one entry; `why`: a word on an r that is None, else
+        None; `error`: the root mean square difference, in which, unlike in r, a bias counts.
+    """
+    error = float((a - b).square().mean().sqrt())
+    constant = [name for name, x in (("the values", a), ("the reference's values", b)) if _is_constant(x)]
+    if constant:
+        return {"r": None, "r_error": None, "why": f"{constant[0]} are all the same: r is undefined", "error": error}
+    return {"r": _pearson(a, b), "r_error": _jackknife(a, b), "why": None, "error": error}
+
+
+def _is_constant(x: Tensor) -> bool:
+    return float(x.max() - x.min()) <= 1e-9 * float(x.abs().max())
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+
+
+def _jackknife(a: Tensor, b: Tensor) -> float | None:
+    """√((n−1)/n Σ_i (r_i − r̄)²) with r_i without pair i, `(n,), (n,) -> ()`; None where that leaves a constant."""
+    rest = [torch.arange(len(a)) != i for i in range(len(a))]
+    if any(_is_constant(x[kept]) for x in (a, b) for kept in rest):
+        return None
+    r = torch.tensor([_pearson(a[kept], b[kept]) for kept in rest], dtype=torch.float64)
+    return float((len(a) - 1) ** 0.5 * r.std(correction=0))
+
+
+def _counts(draws: str, most: int) -> list[int]:
+    """Numbers of draws from "1,16", or `most`. Raises ValueError for what is not an integer in 1 … most."""
+    counts = sorted(numbers(draws, "draws", int)) if draws else [most]
+    if not 1 <= counts[0] <= counts[-1] <= most:
+        raise ValueError(f"--draws must be from 1 to {most}, as many as there are, got {draws}")
+    return counts
+
+
+def _references(record: Entry) -> dict[float, Entry]:
+    """The SDE rollout of the most evaluations at each time. Raises ValueError where there is none, or nothing else."""
+    found: dict[float, Entry] = {}
+    for posterior in sorted(record["posteriors"], key=lambda posterior: posterior["evaluations"]):
+        if posterior["method"] == "sde":
+            found[posterior["t"]] = posterior
+    times = [posterior["t"] for posterior in record["posteriors"]]
+    for t in sorted(set(times)):
+        if t not in found or times.count(t) < 2:
+            raise ValueError(f"values need an SDE rollout, and other posteriors to set against it; t = {t:g} lacks one")
+    return found
+
+
+# ---- what was drawn, and results -------------------------------------------------------------------------
+
+
+def read_posteriors(name: str) -> tuple[Path, Entry]:
+    """A folder that imagenet.posterior wrote, and its posterior.json. Raises ValueError where that lacks something."""
+    if not name:
+        raise ValueError("--posteriors must be a folder that imagenet.posterior wrote")
+    path = Path(name) / "posterior.json"
+    record = load_json(path)
+    listed = record.get("posteriors")
+    if not isinstance(listed, list) or not listed or not all(_is_posterior(one) for one in listed):
+        raise ValueError(
+            f"{path} must have a list of posteriors, at least one, each with t, evaluations, folder and a method: "
+            f"{', '.join(NAMES)}"
+        )
+    for count in ("contexts", "draws"):
+        check_count(record.get(count, 0), f"{count} in {path}")
+    return path.parent, record
+
+
+def _is_posterior(one: Any) -> bool:
+    return (
+        isinstance(one, dict)
+        and isinstance(one.get("t"), int | float)
+        and isinstance(one.get("evaluations"), int | float)
+        and isinstance(one.get("folder"), str)
+        and one.get("method") in NAMES
+    )
+
+
+def draws_of(folder: Path, record: Entry, posterior: Entry) -> Path:
+    """The file of a posterior's draws: draw d of image c is number c · draws + d.
+
+    Raises:
+        ValueError: a file that is missing, damaged or of another length.
+    """
+    path: Path = folder / posterior["folder"] / "samples.npz"
+    if not path.is_file() and path.with_name("latents.npz").is_file():
+        raise ValueError(f"{path} is missing, there are only latents: give imagenet.posterior a --vae")
+    n = count_images(path)
+    if n != record["contexts"] * record["draws"]:
+        raise ValueError(f"{path} must have {record['contexts']} · {record['draws']} images, got {n}")
+    return path
+
+
+def _key(posterior: Entry) -> Entry:
+    return {name: posterior[name] for name in ("t", "method", "evaluations")}
+
+
+def _write(config: RecoveryOptions | ValueOptions, folder: Path, record: Entry, name: str, result: Entry) -> str:
+    """NAME.json, NAME.md and NAME.png; returns the table, its caption and the remarks."""
+    out = Path(config.out or folder)
+    drawn = {key: value for key, value in record.items() if key not in ("posteriors", "rows", "labels")}
+    save_json(result | _settings(config) | {"posteriors": drawn}, out / f"{name}.json")
+    draw_curves(result["results"], out / f"{name}.png")
+    text = "\n\n".join([table(result["results"]), result["caption"], *(f"Note: {note}." for note in result["remarks"])])
+    with atomic_path(out / f"{name}.md") as temporary:
+        temporary.write_text(text + "\n")
+    return text
+
+
+def _settings(config: FidOptions | RecoveryOptions | ValueOptions) -> dict[str, Any]:
+    """What a result was made with."""
+    found = {"settings": dataclasses.asdict(config), "torch": torch.__version__}
+    return found | {"device": device_name(config.device)}
+
+
+# ---- the command line ------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], str], str]] = {
+    "fid": (FidOptions, fid, "Fréchet distance of samples to a reference"),
+    "recovery": (RecoveryOptions, recovery, "the same for posteriors, against evaluations of a network"),
+    "values": (ValueOptions, values, "correlation of values with those by SDE rollouts"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, evaluate, print a table or a line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imagenet.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (config, _, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_options(command, config)
+    given = vars(parser.parse_args(arguments))
+    config, evaluate, _ = COMMANDS[given.pop("command")]
+    with refusing("imagenet.evaluate"):
+        check_device(given["device"])
+        print(evaluate(config(**given)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Feature vectors of images, and the Gaussian that fits them: what a Fréchet distance is made of.
+
+Images are uint8 `(n, H, W, 3)` in the member arr_0 of an npz file, as ADM's evaluation writes them. They are read a
+batch at a time, whatever the size of the file. A file that has the members mu and sigma is statistics already, and its
+images, if it has any, are not read.
+"""
+
+import functools
+import hashlib
+import importlib
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mfm_ref.checks import check_count, check_finite
+from mfm_ref.files import atomic_path
+from mfm_ref.metrics import FeatureStatistics, frechet_gaussian
+
+INCEPTION = "torch-fidelity"  # the name of its Inception, of 2048 features
+BATCH = 128  # images in one call of an extractor
+
+# ---- extractors ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """An extractor, checked: uint8 images `(n, 3, H, W)` to vectors `(n, F)`.
+
+    Args:
+        name: what tells it from other extractors, in statistics that are kept.
+        extract: the function.
+    """
+
+    name: str
+    extract: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """The features of images. Raises ValueError unless they are finite numbers `(n, F)`."""
+        found = self.extract(images)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{self.name} must give features ({len(images)}, F) of {len(images)} images, got {got}")
+        check_finite(found, f"the features by {self.name}")
+        return found
+
+
+@functools.cache
+def load_features(spec: str, device: str = "cpu") -> Features:
+    """An extractor by name.
+
+    Args:
+        spec: "torch-fidelity" for the Inception of that package; the path of a TorchScript file, which takes uint8
+            `(n, 3, H, W)`; or "module:function".
+        device: where the first two are put; images come there too.
+
+    Raises:
+        ValueError: what cannot be loaded, with what to do about it.
+    """
+    if spec == INCEPTION:
+        return Features(f"{INCEPTION}, 2048 features", _fidelity(device))
+    if Path(spec).is_file():
+        return Features(f"TorchScript, SHA-256 {_sha256(Path(spec))}", _torchscript(Path(spec), device))
+    if ":" not in spec:
+        raise ValueError(f'features must be "{INCEPTION}", a TorchScript file or module:function, got {spec!r}')
+    return Features(spec, load_callable(spec))
+
+
+def load_callable(spec: str) -> Callable[..., Any]:
+    """The function "module:function", imported. Raises ValueError where there is none, or it cannot be called."""
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise ValueError(f"a function must be given as module:function, got {spec!r}")
+    try:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{spec} must be a function that can be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{spec} must be a function, got {type(found).__name__}")
+    return found
+
+
+def _fidelity(device: str) -> Callable[[Tensor], Tensor]:
+    """The last pooled features of torch-fidelity's Inception, which resizes images as TensorFlow 1 does."""
+    other = "or give --features the path of a TorchScript file"
+    try:
+        package = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch raises RuntimeError
+        raise ValueError(
+            f"{INCEPTION} cannot be imported ({error}): install torch-fidelity and a torchvision built for torch "
+            f"{torch.__version__}, {other}"
+        ) from error
+    try:
+        network = package.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    except OSError as error:
+        raise ValueError(
+            f"{INCEPTION} cannot get its weights ({error}): let it download them once, or copy them into the cache of "
+            f"torch.hub, {other}"
+        ) from error
+    network = network.to(device)
+    return lambda images: network(images)[0]
+
+
+def _torchscript(path: Path, device: str) -> Callable[[Tensor], Tensor]:
+    """A TorchScript module. One with an argument return_features, as NVIDIA's Inception, is told to return them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*torch\.jit\.load.* is deprecated", DeprecationWarning)
+            module = torch.jit.load(path, map_location=device).eval()
+        arguments = [argument.name for argument in module.forward.schema.arguments]
+    except (RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must be a TorchScript file of a module with a forward: {reason}") from error
+    if "return_features" in arguments:
+        return functools.partial(module, return_features=True)  # without it, class probabilities
+    return module
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- images ----------------------------------------------------------------------------------------------
+
+
+def count_images(path: Path) -> int:
+    """How many images a file has. Raises ValueError as `image_batches` does."""
+    with _images_of(path) as file:
+        return _read_shape(file)[0]
+
+
+def image_batches(path: Path, size: int = BATCH) -> Iterator[np.ndarray]:
+    """The images of a file in order, uint8 `(<= size, H, W, 3)`, one batch in memory.
+
+    Raises:
+        ValueError: a file that is missing, damaged or no npz, or whose arr_0 is not uint8 `(n, H, W, 3)`, n >= 1.
+    """
+    check_count(size, "the batch")
+    with _images_of(path) as file:
+        n, *shape = _read_shape(file)
+        for start in range(0, n, size):
+            images = np.empty((min(size, n - start), *shape), np.uint8)
+            if file.readinto(images.reshape(-1).data) != images.size:
+                raise EOFError(f"arr_0 ends before its {n} images do")
+            yield images
+
+
+def as_tensor(images: np.ndarray, device: str = "cpu") -> Tensor:
+    """Images `(n, H, W, 3)` as a tensor `(n, 3, H, W)` of the same numbers."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file of images is a ValueError with its path."""
+    try:
+        yield
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        what = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) has quotes around it
+        raise ValueError(f"{path} must be a readable npz file of images or statistics: {what}") from error
+
+
+@contextmanager
+def _images_of(path: Path) -> Iterator[Any]:
+    """arr_0 of a file, to read from."""
+    with _reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        yield file
+
+
+def _read_shape(file: Any) -> tuple[int, ...]:
+    """The shape `(n, H, W, 3)` from the head of an npy file, which is then at its numbers."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"arr_0 must be of version 1 or 2 of NumPy's format, got {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
+        order = " in Fortran's order" if fortran else ""
+        raise ValueError(f"arr_0 must be uint8 (n, H, W, 3) with n >= 1, got {dtype} {shape}{order}")
+    return shape
+
+
+# ---- statistics ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The Gaussian that fits feature vectors.
+
+    Args:
+        mean, cov: `(F,)` and `(F, F)`, float64.
+        count: of images; None where the file does not say, as those of ADM do not.
+        features: the name of the extractor, None where the file does not say.
+        source: where they are from, in messages.
+    """
+
+    mean: Tensor
+    cov: Tensor
+    count: int | None
+    features: str | None
+    source: str
+
+
+def remarks(what: str, found: Statistics) -> list[str]:
+    """What a reader of a distance to statistics must know, in sentences about `what`: few images bias it."""
+    if found.count is None or found.count > len(found.mean):
+        return []
+    return [
+        f"{what} has {found.count} images for {len(found.mean)} features: the covariance lacks rank, and the distance "
+        "is biased upwards, so it compares with that of as many images only"
+    ]
+
+
+def statistics_of(path: Path, features: str = INCEPTION, *, batch: int = BATCH, device: str = "cpu") -> Statistics:
+    """The statistics in a file, or those of its images.
+
+    Args:
+        path: an npz file with mu and sigma, or with images.
+        features: an extractor as `load_features` takes it; it is loaded only for images.
+        batch: images in one call of the extractor.
+        device: where the extractor computes.
+
+    Raises:
+        ValueError: from `read_statistics`, `image_batches` or `load_features`; fewer than two images.
+    """
+    found = read_statistics(path)
+    if found is not None:
+        return found
+    n = count_images(path)
+    if n < 2:
+        raise ValueError(f"{path} must have at least two images, got {n}")
+    extract = load_features(features, device)
+    batches, name = image_batches(path, batch), f"{path.parent.name}/{path.name}"
+    fit = fit_features(tqdm(batches, desc=name, total=-(-n // batch), unit="batch", leave=False), extract, device)
+    return Statistics(fit.mean, fit.cov, n, extract.name, str(path))
+
+
+def fit_features(batches: Iterable[np.ndarray], extract: Features, device: str = "cpu") -> FeatureStatistics:
+    """Mean and covariance of the features of uint8 images `(n, H, W, 3)`, in double precision and constant memory."""
+    fit = FeatureStatistics()
+    for images in batches:
+        fit.update(extract(as_tensor(images, device)).double().cpu())
+    return fit
+
+
+def read_statistics(path: Path) -> Statistics | None:
+    """The statistics in a file: mu and sigma, and the images' count and the extractor's name if it says so.
+
+    None for a file without mu and sigma.
+
+    Raises:
+        ValueError: a file that is missing, damaged or no npz; one of the two without the other; mu that is not `(F,)`,
+            sigma that is not `(F, F)`, numbers that are not finite.
+    """
+    with _reading(path), zipfile.ZipFile(path), np.load(path) as file:  # ZipFile refuses what np.load would take
+        members = {name: file[name] for name in ("mu", "sigma", "count", "features") if name in file.files}
+    if "mu" not in members and "sigma" not in members:
+        return None
+    mean, cov = (members.get(name, np.zeros(())) for name in ("mu", "sigma"))
+    if mean.ndim != 1 or cov.shape != 2 * mean.shape or mean.dtype.kind != "f" or cov.dtype.kind != "f":
+        raise ValueError(f"{path} must hold numbers mu (F,) and sigma (F, F), got {mean.shape} and {cov.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise ValueError(f"mu and sigma of {path} must be finite")
+    count, features = members.get("count"), members.get("features")
+    return Statistics(
+        torch.from_numpy(mean.astype(np.float64)),
+        torch.from_numpy(cov.astype(np.float64)),
+        None if count is None else int(count),
+        None if features is None else str(features),
+        str(path),
+    )
+
+
+def save_statistics(found: Statistics, path: Path) -> None:
+    """Write mu and sigma as ADM's reference files have them, and beside them what else is known."""
+    members: dict[str, Any] = {"mu": found.mean.numpy(), "sigma": found.cov.numpy()}
+    members |= {"count": found.count} if found.count is not None else {}
+    members |= {"features": found.features} if found.features is not None else {}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **members)
+
+
+def distance(a: Statistics, b: Statistics) -> float:
+    """The squared Fréchet distance of two Gaussians, for the Inception's features the FID.
+
+    Raises:
+        ValueError: features of different number or of different extractors; from `frechet_gaussian`.
+    """
+    if len(a.mean) != len(b.mean):
+        counts = f"{a.source} has {len(a.mean)} and {b.source} {len(b.mean)}"
+        raise ValueError(f"both must have features of one extractor, but {counts} of them")
+    if a.features is not None and b.features is not None and a.features != b.features:
+        names = f"{a.source} has those by {a.features} and {b.source} those by {b.features}"
+        raise ValueError(f"both must have features of one extractor, but {names}")
+    return float(frechet_gaussian(a.mean, a.cov, b.mean, b.cov))

@@ -1,0 +1,349 @@
+"""`python -m imagenet.evaluate` on posteriors of Gaussian images, of which the truth is known; and the rewards."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from torch.autograd import gradcheck
+
+from imagenet.evaluate import agreement, main
+from imagenet.evaluate_report import table
+from imagenet.rewards import REWARDS, brightness, contrast, load_reward, redness
+from tests.strategies import rng
+
+CONTEXTS, DRAWS, SIDE = 24, 6, 4
+TIMES = (0.2, 0.5)
+METHODS = (("mfm", 1), ("mfm", 2), ("glass", 1), ("glass", 4), ("sde", 200), ("again", 200))
+
+
+def pixels(x):
+    """An extractor of four features."""
+    return x[:, :2, 0, :2].flatten(1).float()
+
+
+def two_pixels(x):
+    """An extractor of two features."""
+    return x[:, :2, 0, 0].float()
+
+
+def coupled(x):
+    """A reward that depends on the batch."""
+    return x.flatten(1).mean(1) - x.mean()
+
+
+def flat(x):
+    """A reward that is the same for all images."""
+    return torch.ones(len(x))
+
+
+def half(x):
+    """A reward of the first row alone: 0 for dark images, else 1."""
+    return (x[:, 0, 0, 0] > 0.5).float()
+
+
+def as_images(x):
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)
+
+
+def write_posteriors(folder, contexts=CONTEXTS, draws=DRAWS, methods=METHODS, times=TIMES):
+    """What imagenet.posterior leaves of images N(128, 40² I) noised to t, whose posteriors have one spread.
+
+    The map and the SDE rollouts are exact, GLASS rollouts of n evaluations have 1 − 1/n of the spread: one evaluation
+    is the posterior's mean.
+    """
+    noise = np.random.default_rng(0)
+    clean = 40 * noise.standard_normal((contexts, SIDE, SIDE, 3))
+    (folder / "clean").mkdir(parents=True)
+    np.savez(folder / "clean" / "samples.npz", arr_0=as_images(128 + clean), arr_1=np.zeros(contexts))
+    entries = []
+    for t in times:
+        x = t * clean + (1 - t) * 40 * noise.standard_normal(clean.shape)
+        mean, spread = t * x / (t**2 + (1 - t) ** 2), 40 * (1 - t) / math.hypot(t, 1 - t)
+        for method, n in methods:
+            share = 1 - 1 / n if method == "glass" else 1
+            drawn = mean[:, None] + share * spread * noise.standard_normal((contexts, draws, *clean.shape[1:]))
+            where = f"t{t:g}/{method}-{n}"
+            (folder / where).mkdir(parents=True)
+            flat = as_images(128 + drawn).reshape(contexts * draws, *clean.shape[1:])
+            np.savez(folder / where / "samples.npz", arr_0=flat, arr_1=np.zeros(contexts * draws))
+            entries.append({"t": t, "method": method, "steps": n, "evaluations": float(n), "folder": where})
+    record = {"contexts": contexts, "draws": draws, "rows": [0], "labels": [0], "posteriors": entries, "device": "cpu"}
+    (folder / "posterior.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def posteriors(tmp_path_factory):
+    return write_posteriors(tmp_path_factory.mktemp("runs") / "posteriors")
+
+
+def read(path):
+    """JSON in the strict sense: no NaN, no infinity."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {path}"))
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The message with which the program ends."""
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    message = str(end.value.code)
+    assert message.startswith("imagenet.evaluate: ") and "\n" not in message
+    return message
+
+
+# ---- fid -------------------------------------------------------------------------------------------------
+
+
+def test_fid_is_that_of_the_features_with_all_settings(tmp_path, capsys):
+    """Two features, in closed form by NumPy: commuting or not, (AB)^½ has trace √(tr AB + 2 √det AB)."""
+    sets = [as_images(128 + 30 * np.random.default_rng(k).standard_normal((40, 4, 4, 3)) + 9 * k) for k in range(2)]
+    for name, x in zip(("samples", "reference"), sets, strict=True):
+        np.savez(tmp_path / f"{name}.npz", arr_0=x)
+    (tmp_path / "settings.json").write_text('{"n": 40, "settings": {"method": "heun"}}')
+    files = ["--samples", tmp_path / "samples.npz", "--reference", tmp_path / "reference.npz"]
+    run("fid", *files, "--features", f"{__name__}:two_pixels", "--batch", 7)
+    found = read(tmp_path / "fid.json")
+    x, y = (a[:, 0, 0, :2].astype(float) for a in sets)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
+    assert found["fid"] == pytest.approx(expected, rel=1e-9)
+    assert found["samples"] == {
+        "file": str(tmp_path / "samples.npz"), "images": 40, "size": 2, "features": f"{__name__}:two_pixels",
+    }  # fmt: skip
+    assert found["sampling"]["settings"] == {"method": "heun"}
+    assert (found["settings"]["batch"], found["torch"], found["remarks"]) == (7, torch.__version__, [])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"FID {found['fid']:.6g} of ") and shown.count("\n") == 1
+    assert "samples.npz (40 images) to " in shown
+
+
+def test_fid_of_equal_sets_is_zero_and_few_images_are_noted(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=as_images(np.random.default_rng(0).uniform(0, 255, (4, 4, 4, 3))))
+    out = tmp_path / "there" / "result.json"
+    files = ["--samples", tmp_path / "a.npz", "--reference", tmp_path / "a.npz"]
+    run("fid", *files, "--features", f"{__name__}:pixels", "--out", out)
+    found = read(out)
+    assert 0 <= found["fid"] < 1e-6
+    assert "a.npz has 4 images for 4 features: the covariance lacks rank" in found["remarks"][0]
+    assert "note: " in capsys.readouterr().out
+
+
+def test_statistics_that_are_kept_stand_for_the_images(tmp_path, capsys):
+    for k in range(2):
+        np.savez(tmp_path / f"{k}.npz", arr_0=as_images(np.random.default_rng(k).uniform(0, 255, (9, 4, 4, 3))))
+    options = ["--features", f"{__name__}:pixels"]
+    run("fid", "--samples", tmp_path / "0.npz", "--save-statistics", tmp_path / "kept.npz", *options)
+    assert "kept.npz has the statistics of" in capsys.readouterr().out
+    assert not (tmp_path / "fid.json").exists()
+    run("fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "0.npz", *options)
+    by_images = read(tmp_path / "fid.json")["fid"]
+    run("fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "kept.npz", *options)
+    assert read(tmp_path / "fid.json")["fid"] == by_images > 0
+    other = ["--features", f"{__name__}:two_pixels"]
+    assert "1.npz has 2 and" in refused(
+        "fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "kept.npz", *other
+    )
+
+
+def test_fid_refuses_what_is_missing(tmp_path):
+    assert "fid needs --samples, and --reference or --save-statistics" in refused("fid", "--samples", "a.npz")
+    assert "a.npz must be a readable npz" in refused("fid", "--samples", "a.npz", "--reference", "b.npz")
+    assert "--device must" in refused("fid", "--device", "abacus")
+
+
+# ---- recovery --------------------------------------------------------------------------------------------
+
+
+def test_recovery_tells_exact_draws_from_means(posteriors, tmp_path, capsys):
+    """By evaluations, at each time; the shrunken rollouts are far, the map as near as the SDE rollouts."""
+    run("recovery", "--posteriors", posteriors, "--features", f"{__name__}:pixels", "--out", tmp_path)
+    found = read(tmp_path / "recovery.json")
+    fids = {(one["t"], one["method"], one["evaluations"]): one["fid"] for one in found["results"]}
+    assert list(fids) == [(t, *method) for t in TIMES for method in METHODS]
+    assert fids[0.2, "glass", 1] > 3 * fids[0.2, "glass", 4] > 3 * fids[0.2, "mfm", 1]
+    assert fids[0.2, "mfm", 1] == pytest.approx(fids[0.2, "sde", 200], rel=0.8)
+    assert found["reference"]["file"] == str(posteriors / "clean" / "samples.npz")
+    assert found["posteriors"] == {"contexts": CONTEXTS, "draws": DRAWS, "device": "cpu"}
+    text = (tmp_path / "recovery.md").read_text()
+    assert text.startswith("|  | evaluations | t = 0.2 | t = 0.5 |\n| --- |")
+    assert f"| GLASS rollout | 4 | {fids[0.2, 'glass', 4]:.4g} | {fids[0.5, 'glass', 4]:.4g} |" in text
+    assert f"{DRAWS} posterior draws for each of {CONTEXTS} noised images" in text
+    assert capsys.readouterr().out == text
+    assert (tmp_path / "recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recovery_is_fid_of_each_folder(posteriors, tmp_path):
+    options = ["--features", f"{__name__}:pixels"]
+    np.savez(tmp_path / "other.npz", mu=np.full(4, 100.0), sigma=900 * np.eye(4))
+    run("recovery", "--posteriors", posteriors, "--reference", tmp_path / "other.npz", "--out", tmp_path, *options)
+    samples = posteriors / "t0.5" / "mfm-2" / "samples.npz"
+    run("fid", "--samples", samples, "--reference", tmp_path / "other.npz", "--out", tmp_path / "fid.json", *options)
+    entry = {"t": 0.5, "method": "mfm", "evaluations": 2.0, "fid": read(tmp_path / "fid.json")["fid"]}
+    assert entry in read(tmp_path / "recovery.json")["results"]
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+
+def test_values_are_log_mean_exp_over_the_draws_of_a_context(posteriors, tmp_path, capsys):
+    """Pearson r, root mean square error and jackknife by NumPy and SciPy, with 2 draws and with all."""
+    run("values", "--posteriors", posteriors, "--reward", "redness", "--scale", 30, "--draws", "2,6", "--out", tmp_path)
+    found = read(tmp_path / "values.json")
+
+    def value(where, draws):
+        x = (
+            np.load(posteriors / where / "samples.npz")["arr_0"].reshape(CONTEXTS, DRAWS, SIDE, SIDE, 3)[:, :draws]
+            / 255
+        )
+        red, green, blue = (x[..., k].mean((-1, -2)) for k in range(3))
+        return logsumexp(30 * (red - (green + blue) / 2), axis=1) - np.log(draws)
+
+    assert len(found["results"]) == 2 * 2 * (len(METHODS) - 1)
+    for one in found["results"]:
+        a = value(f"t{one['t']:g}/{one['method']}-{one['evaluations']:g}", one["draws"])
+        b = value(f"t{one['t']:g}/sde-200", DRAWS)
+        assert one["r"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-5)
+        assert one["error"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-4)
+        assert one["value_evaluations"] == one["draws"] * one["evaluations"]
+        left = [np.corrcoef(np.delete(a, i), np.delete(b, i))[0, 1] for i in range(CONTEXTS)]
+        assert one["r_error"] == pytest.approx(np.sqrt((CONTEXTS - 1) * np.var(left)), rel=1e-3)
+        assert one["why"] is None
+    text = (tmp_path / "values.md").read_text()
+    assert text.startswith("|  | evaluations | draws | t = 0.2 | t = 0.5 |\n")
+    assert "| second SDE rollout | 200 | 6 | 0." in text and "30 · redness" in text and "6 SDE rollouts of 200" in text
+    assert capsys.readouterr().out == text
+    assert (tmp_path / "values.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_draws_agree_with_the_rollout_and_those_of_other_contexts_do_not(tmp_path):
+    """40 draws of a map that is exact have nearly the r of a second rollout; with the images in another order, none."""
+    folder = write_posteriors(tmp_path / "p", draws=40, methods=(("mfm", 1), ("sde", 9), ("again", 9)), times=(0.5,))
+    options = ["--posteriors", folder, "--scale", 10, "--draws", "1,40"]
+    run("values", *options)
+    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values.json")["results"]}
+    assert min(r["mfm", 40], r["again", 40]) > 0.9 > r["mfm", 1] + 0.1
+    path = folder / "t0.5" / "mfm-1" / "samples.npz"
+    x = np.load(path)["arr_0"]
+    np.savez(path, arr_0=x.reshape(CONTEXTS, 40, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape))  # draws outermost
+    run("values", *options)
+    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values.json")["results"]}
+    assert abs(r["mfm", 40]) < 0.7
+
+
+def test_a_correlation_that_is_undefined_is_null_and_a_word(posteriors, tmp_path):
+    run("values", "--posteriors", posteriors, "--reward", f"{__name__}:flat", "--scale", 0.3, "--out", tmp_path)
+    found = read(tmp_path / "values.json")
+    assert all(one["r"] is None and one["r_error"] is None for one in found["results"])
+    assert found["results"][0]["why"] == "the values are all the same: r is undefined"
+    text = (tmp_path / "values.md").read_text()
+    assert "| Meta Flow Map | 1 | 6 | undefined (0) | undefined (0) |" in text
+    assert "Note: the values are all the same: r is undefined (t = 0.2, Meta Flow Map)." in text
+    assert (tmp_path / "values.png").exists()
+
+
+def test_agreement_at_its_ends():
+    """Constants up to rounding have no r; but for one entry, no standard error; a bias is in `error` alone."""
+    x = torch.randn(9, generator=rng(0), dtype=torch.float64)
+    found = agreement(3 * x + 5, x)
+    assert found["r"] == pytest.approx(1, abs=1e-12) and found["r_error"] < 1e-7
+    assert agreement(x + 5, x)["error"] == pytest.approx(5)
+    assert agreement(-x, x)["r"] == pytest.approx(-1)
+    same = torch.full((9,), 0.3, dtype=torch.float64)
+    same[4] += 1e-16
+    assert agreement(x, same) == {
+        "r": None, "r_error": None, "error": pytest.approx(float((x - 0.3).square().mean().sqrt())),
+        "why": "the reference's values are all the same: r is undefined",
+    }  # fmt: skip
+    assert agreement(same * 0, x)["r"] is None
+    same[4] = 1
+    found = agreement(same, x)
+    assert found["r"] is not None and found["r_error"] is None
+    assert "± " not in table([{"t": 0.1, "method": "mfm", "evaluations": 1, "draws": 1, **found}])
+
+
+def test_the_reference_is_the_longest_sde_rollout(tmp_path):
+    methods = (("sde", 8), ("sde", 64), ("mfm", 1))
+    folder = write_posteriors(tmp_path / "p", contexts=5, draws=2, methods=methods, times=(0.5,))
+    run("values", "--posteriors", folder)
+    found = read(folder / "values.json")
+    assert [(one["method"], one["evaluations"]) for one in found["results"]] == [("sde", 8), ("mfm", 1)]
+    assert "rollouts of 64 evaluations" in found["caption"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--draws", "7"], "--draws must be from 1 to 6, as many as there are, got 7"),
+        (["--draws", "0,2"], "--draws must be from 1 to 6"),
+        (["--draws", "all"], "--draws must be"),
+        (["--scale", "inf"], "--scale must be finite, got inf"),
+        (["--reward", "beauty"], "must be brightness, contrast, redness or module:function, got 'beauty'"),
+        (["--reward", "torch:square"], "a reward must return one number per sample"),
+        (["--reward", f"{__name__}:coupled"], "must not depend on the other samples of a batch"),
+        (["--batch", "0"], "the batch must be an integer >= 1, got 0"),
+        (["--posteriors", "nowhere"], "nowhere/posterior.json must be a readable JSON file"),
+        (["--posteriors", ""], "--posteriors must be a folder"),
+    ],
+)
+def test_values_refuse(posteriors, tmp_path, options, match):
+    assert match in refused("values", "--posteriors", posteriors, "--out", tmp_path, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_not_as_they_must_be_are_refused(tmp_path):
+    folder = write_posteriors(tmp_path / "p", contexts=3, draws=2, methods=(("mfm", 1), ("sde", 9)), times=(0.5,))
+    record = json.loads((folder / "posterior.json").read_text())
+    entry = record["posteriors"][0]
+
+    def with_record(**changed):
+        (folder / "posterior.json").write_text(json.dumps(record | changed))
+        return refused("values", "--posteriors", folder)
+
+    assert "contexts in" in with_record(contexts=0) and "draws in" in with_record(draws="2")
+    for wrong in ([], None, [1], [entry | {"method": "magic"}], [entry | {"t": "0.5"}], [{}]):
+        assert "must have a list of posteriors, at least one" in with_record(posteriors=wrong)
+    assert "must have 3 · 4 images, got 6" in with_record(draws=4)
+    assert "needs at least 3 noised images" in with_record(contexts=2, draws=3)
+    assert "t = 0.5 lacks one" in with_record(posteriors=[entry])
+    assert "t = 0.5 lacks one" in with_record(posteriors=record["posteriors"][1:])
+    with_record(draws=4)
+    np.savez(folder / "t0.5" / "mfm-1" / "latents.npz", arr_0=np.zeros(1))
+    (folder / "t0.5" / "mfm-1" / "samples.npz").unlink()
+    assert "there are only latents: give imagenet.posterior a --vae" in with_record()
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------
+
+
+def test_rewards_of_plain_images():
+    """White, black, red; and half white, half black, whose luma has the standard deviation ½."""
+    x = torch.zeros(4, 3, 6, 6)
+    x[0], x[2, 0], x[3, :, :3] = 1, 1, 1
+    assert brightness(x).tolist() == pytest.approx([1, 0, 0.2126, 0.5])
+    assert redness(x).tolist() == pytest.approx([0, 0, 1, 0])
+    assert contrast(x).tolist() == pytest.approx([0.001, 0.001, 0.001, 0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards_have_gradients_of_each_image_alone(name):
+    reward = load_reward(name)
+    x = torch.rand(2, 3, 3, 3, generator=rng(0), dtype=torch.float64, requires_grad=True)
+    assert gradcheck(reward, (x,))
+    assert torch.equal(reward(x[:1]), reward(x)[:1])
+    uniform = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    assert torch.autograd.grad(reward(uniform).sum(), uniform)[0].isfinite().all()
+    for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 3), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) of real numbers"):
+            reward(wrong)
+
+
+def test_any_function_is_a_reward():
+    assert load_reward(f"{__name__}:half") is half
