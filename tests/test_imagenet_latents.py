@@ -1,0 +1,288 @@
+"""Latents drawn from moments: their law, their order, and what is refused; then all of it on photographs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from imagenet import encode
+from imagenet.latents import LatentBatches, Latents
+from imagenet.shards import Shards
+from imagenet.vae import VAE, to_uint8
+from mfm_ref import FlowMap, TrainConfig, WithProgress, meta_flow_map_loss, sample, train
+from mfm_ref.data import Resumable, check_position
+from mfm_ref.files import load_json, save_json
+from tests.helpers import LIMIT, z_scores
+from tests.imagenet_tiny import CLASSES, SIZE, photographs, tiny_sit, tiny_vae
+
+N, SHAPE, SCALE = 22, (2, 3, 2), 0.25
+VAE_HERE = {"id": "made up", "sha256": "1234"}
+STD = 0.125 * torch.tensor([1.0, 2.0]).reshape(2, 1, 1)  # of each channel
+
+
+def made_up(folder, n=N, size=8, flips=True):
+    """Latents whose means say which image they belong to: 8 k, and 4 more where it is mirrored. Class k mod 3."""
+    shards, number, facts = Shards(folder, {}), np.arange(n), []
+    entries = np.arange(2 if flips else 1)
+    mean = np.broadcast_to((8 * number[:, None] + 4 * entries)[..., None, None, None], (n, len(entries), *SHAPE))
+    moments = np.concatenate([mean, np.broadcast_to(STD.numpy(), mean.shape)], 2).astype(np.float16)
+    for k, first in enumerate(range(0, n, size)):
+        part = slice(first, first + size)
+        shards.write(k, {"moments": moments[part], "labels": number[part] % 3})
+        arrays = shards.info(k)["arrays"]
+        facts.append({"name": f"shard-{k:05d}", "sha256": {name: arrays[name]["sha256"] for name in arrays}})
+    record = {
+        "format": encode.FORMAT, "vae": VAE_HERE, "scale": SCALE, "shape": list(SHAPE), "flips": flips,
+        "counts": {"encoded": n}, "classes": ["a", "b", "c"], "shards": facts,
+    }  # fmt: skip
+    save_json(record, folder / "latents.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made_up(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="module")
+def latents(folder):
+    return Latents(folder)
+
+
+def taken_apart(x1):
+    """Which images, whether mirrored, and their noise in units of its standard deviation, from samples themselves."""
+    unscaled = x1 / SCALE
+    code = (unscaled.mean((1, 2, 3)) / 4).round()
+    return (code // 2).long(), code % 2, (unscaled - 4 * code.reshape(-1, 1, 1, 1)) / STD
+
+
+def drawn(batches, n):
+    """n batches as one: x1 and labels."""
+    return [torch.cat(parts) for parts in zip(*(next(batches) for _ in range(n)), strict=True)]
+
+
+# ---- what is there ---------------------------------------------------------------------------------------
+
+
+def test_moments_labels_and_means_by_row(latents):
+    assert (latents.n, latents.n_classes, latents.shape, latents.scale) == (N, 3, SHAPE, SCALE)
+    assert latents.labels.dtype == torch.int64 and torch.equal(latents.labels, torch.arange(N) % 3)
+    rows = torch.tensor([21, 0, 8, 7, 8])  # across the borders of shards, with one twice
+    moments = latents.moments(rows)
+    assert moments.dtype == torch.float32 and moments.shape == (5, 4, 3, 2)
+    assert torch.equal(moments[:, :2], (8.0 * rows).reshape(-1, 1, 1, 1).expand(5, *SHAPE))
+    assert torch.equal(moments[:, 2:], STD.expand(5, *SHAPE))
+    mirrored = latents.moments(rows, torch.tensor([1, 0, 1, 0, 0]))
+    assert (mirrored - moments)[:, 0, 0, 0].tolist() == [4, 0, 4, 0, 0]
+    assert torch.equal(latents.means([3, 1]), SCALE * latents.moments([3, 1])[:, :2])
+    assert latents.moments([]).shape == (0, 4, 3, 2)
+    latents.verify()
+
+
+@pytest.mark.parametrize("rows", [[-1], [0, N]])
+def test_rows_out_of_range_are_refused(latents, rows):
+    with pytest.raises(ValueError, match=rf"rows must lie in 0 … {N - 1}, got "):
+        latents.moments(rows)
+
+
+def test_mirror_images_that_are_not_there_are_refused(tmp_path):
+    latents = Latents(made_up(tmp_path, flips=False))
+    assert latents.moments([2], [0])[0, 0, 0, 0] == 16
+    with pytest.raises(ValueError, match="holds no mirror images: it was encoded with --no-flips"):
+        latents.moments([1, 2], [0, 1])
+
+
+def test_another_vae_is_refused(folder):
+    assert Latents(folder, {"id": "another place", "sha256": "1234"}).n == N
+    with pytest.raises(ValueError, match=r"holds latents of the VAE made up \(sha256 1234\), .* got other \(5678\)"):
+        Latents(folder, {"id": "other", "sha256": "5678"})
+
+
+def test_unfinished_damaged_and_foreign_folders_are_refused(tmp_path):
+    made_up(tmp_path)
+    whole = load_json(tmp_path / "latents.json")
+    for change, message in (
+        ({"format": "2"}, r"latents.json must have the format 'mfm_ref latents 1', got '2'"),
+        ({"counts": {"encoded": 9}}, r"latents.json must describe the arrays beside it"),
+        ({"shape": [4, 3, 2]}, r"latents.json must describe the arrays beside it"),
+        ({"counts": 3}, r"latents.json must say what the latents are: TypeError"),
+        ({"shards": whole["shards"] + whole["shards"][:1]}, r"shard-00003/info.json must be a readable"),
+    ):
+        save_json({**whole, **change}, tmp_path / "latents.json")
+        with pytest.raises(ValueError, match=message):
+            Latents(tmp_path)
+    (tmp_path / "latents.json").unlink()
+    with pytest.raises(ValueError, match=r"latents.json is missing: .* must be one that imagenet.encode has finished"):
+        Latents(tmp_path)
+    save_json(whole, tmp_path / "latents.json")
+    path = tmp_path / "shard-00001" / "moments.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"shard-00001/moments.npy must be an array that can be read"):
+        Latents(tmp_path)
+
+
+def test_files_are_compared_with_their_checksums(tmp_path):
+    latents = Latents(made_up(tmp_path))
+    shards, arrays = Shards(tmp_path, {}), {"moments": latents.moments([0]).numpy()}
+    shards.write(1, arrays)  # another shard, whole in itself
+    with pytest.raises(ValueError, match=r"shard-00001 must have the checksums"):
+        latents.verify()
+    path = tmp_path / "shard-00000" / "labels.npy"
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(ValueError, match=r"shard-00000/labels.npy must have the sha256"):
+        latents.verify()
+
+
+# ---- the law of a batch ----------------------------------------------------------------------------------
+
+
+def scores(x1):
+    """|z| of the noise's mean and second moment, of its fourth one, of neighbours' products, and of mirroring."""
+    _, mirrored, noise = taken_apart(x1)
+    flat = noise.flatten(1).double()
+    found = [flat, flat**2 - 1, flat**4 - 3, flat[:, 1:] * flat[:, :-1]]
+    return [*(float(z_scores(a.flatten(), 0.0).abs()) for a in found), float(z_scores(mirrored.double(), 0.5).abs())]
+
+
+def test_samples_have_the_recorded_mean_and_standard_deviation(latents):
+    x1, y = drawn(LatentBatches(latents, batch=11, seed=1), 600)
+    assert x1.dtype == torch.float32 and x1.shape == (6600, *SHAPE)
+    rows, _, noise = taken_apart(x1)
+    assert torch.equal(rows % 3, y)
+    assert max(scores(x1)) < LIMIT
+    assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 1e-6
+    by_channel = noise.transpose(0, 1).flatten(1).square().double()
+    assert all(float(z_scores(values, 1.0).abs()) < LIMIT for values in by_channel)
+
+
+@pytest.mark.parametrize("wrong", ["variance for std", "no noise", "never mirrored"])
+def test_another_law_shows(latents, wrong):
+    x1 = drawn(LatentBatches(latents, batch=11, seed=1), 600)[0]
+    rows, mirrored, noise = taken_apart(x1)
+    code = (8 * rows + 4 * mirrored * (wrong != "never mirrored")).reshape(-1, 1, 1, 1)
+    factor = {"variance for std": STD, "no noise": 1e-4}.get(wrong, 1.0)
+    assert max(scores(SCALE * (code + factor * STD * noise))) > LIMIT
+
+
+# ---- the order -------------------------------------------------------------------------------------------
+
+
+def test_every_image_comes_once_an_epoch(latents):
+    batches = LatentBatches(latents, batch=11)
+    for _ in range(3):
+        rows = taken_apart(drawn(batches, 2)[0])[0]
+        assert sorted(rows.tolist()) == list(range(N))
+    first, second = (taken_apart(drawn(LatentBatches(latents, batch=11, seed=k), 2)[0])[0] for k in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_no_noise_is_seen_twice(latents):
+    """Neither in another batch, epoch or process, nor with another seed."""
+    kinds = [{"seed": 0}, {"seed": 1}, {"rank": 1, "world": 2}]
+    noise = torch.cat([taken_apart(drawn(LatentBatches(latents, 11, **kind), 6)[0])[2] for kind in kinds])
+    assert torch.pdist(noise.flatten(1)).min() > 0.5  # of vectors of 12 numbers; rounding moves them by 1e-4
+
+
+def test_processes_share_the_rows_of_a_joint_batch(latents):
+    both = [LatentBatches(latents, 5, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    joint = LatentBatches(latents, 10, seed=3)
+    for _ in range(7):
+        rows = torch.cat([taken_apart(next(batches)[0])[0] for batches in both])
+        assert torch.equal(rows, taken_apart(next(joint)[0])[0])
+
+
+@given(batch=st.integers(1, 11), before=st.integers(0, 12), world=st.integers(1, 2), seed=st.integers(0, 5))
+def test_a_resumed_run_sees_what_an_unbroken_one_sees(latents, batch, before, world, seed):
+    options = {"seed": seed, "rank": world - 1, "world": world}
+    unbroken, resumed = (LatentBatches(latents, batch, **options) for _ in range(2))
+    for _ in range(before):
+        next(unbroken)
+    position = unbroken.state_dict()
+    check_position(position)
+    resumed.load_state_dict(position)
+    for _ in range(5):
+        a, b = next(unbroken), next(resumed)
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_the_noise_depends_on_nothing_else(latents):
+    """Not on torch's own source, whose state it leaves."""
+    torch.manual_seed(0)
+    first, state = drawn(LatentBatches(latents, 4), 3), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(first[0], drawn(LatentBatches(latents, 4), 3)[0])
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batches_that_cannot_be_are_refused(latents):
+    with pytest.raises(ValueError, match="2 batches of 12 need 24 rows at least, got 22"):
+        LatentBatches(latents, 12, world=2)
+    with pytest.raises(ValueError, match=r"the position must be one of data with .*'batch': 4.*got .*'batch': 5"):
+        LatentBatches(latents, 4).load_state_dict(LatentBatches(latents, 5).state_dict())
+
+
+def test_without_mirror_images_none_is_drawn(tmp_path):
+    x1 = drawn(LatentBatches(Latents(made_up(tmp_path, flips=False)), 11), 4)[0]
+    assert taken_apart(x1)[1].sum() == 0
+
+
+# ---- all of it, on photographs ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Photographs encoded by a tiny VAE, and the latter."""
+    root = tmp_path_factory.mktemp("real")
+    images, vae = photographs(root / "images"), tiny_vae(root / "vae")
+    encode.main(encode.EncodeConfig(str(images), str(vae), root / "latents", SIZE, batch=8, shard=10, workers=0))
+    return root / "latents", VAE.load(str(vae))
+
+
+def test_latents_of_photographs(real):
+    folder, vae = real
+    latents = Latents(folder, vae.identity)
+    latents.verify()
+    assert (latents.n, latents.classes, latents.shape, latents.scale) == (24, list(CLASSES), (4, 8, 8), vae.scale)
+    rows = [3, 20, 11]
+    draws = torch.stack(
+        [LatentBatches(latents, 24, seed=seed).__next__()[0].sum((1, 2, 3)).sum() for seed in range(40)]
+    )
+    expected = sum(vae.scale * latents.moments(range(24), [entry] * 24)[:, :4].sum() for entry in (0, 1)) / 2
+    assert float(z_scores(draws.double(), float(expected)).abs()) < LIMIT
+    images = vae.decode(latents.means(rows))
+    wanted = (vae.model.decode(latents.moments(rows)[:, :4]).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(images, wanted, atol=1e-5)
+
+
+def test_another_vae_cannot_decode_them(real, tmp_path):
+    with pytest.raises(ValueError, match="holds latents of the VAE"):
+        Latents(real[0], VAE.load(str(tiny_vae(tmp_path / "other", seed=1))).identity)
+
+
+def test_a_network_trains_on_them_and_its_samples_are_images(real, tmp_path):
+    """A run that is stopped goes on to the same losses: position and noise of the data are part of a checkpoint."""
+    folder, vae = real
+
+    def losses(place, stop=None):
+        data = WithProgress(LatentBatches(Latents(folder), batch=6, seed=2), total=5)
+        assert isinstance(data.data, Resumable)
+
+        def loss(X, batch, rng):
+            ((x1, y), progress) = batch
+            if stop is not None and progress * 4 >= stop:
+                raise KeyboardInterrupt
+            return meta_flow_map_loss(X, x1, y, generator=rng)
+
+        config = TrainConfig(steps=5, lr=1e-3, checkpoint_every=2)
+        return train(FlowMap(tiny_sit("mfm")), loss, data, config, folder=place)
+
+    X, whole = losses(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        losses(tmp_path / "stopped", stop=3)
+    assert losses(tmp_path / "stopped")[1] == whole
+    with torch.no_grad():
+        z = sample(X, 2, 2, y=torch.tensor([0, 1]), generator=torch.Generator().manual_seed(0))
+    assert to_uint8(vae.decode(z)).shape == (2, SIZE, SIZE, 3)
