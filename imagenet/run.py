@@ -1,0 +1,435 @@
+"""What the scripts of this rung share: options, networks with their guidance, and long sampling in a folder.
+
+A folder of samples holds, once it is finished,
+
+    samples.npz      arr_0 uint8 (n, H, W, 3) and arr_1 int64 labels (n,), as ADM's evaluation reads them
+    latents.npz      without a VAE in its place: arr_0 float32 (n, *D), as the network has them
+    grid.png         the first images
+    settings.json    all settings, the network, its weights, the VAE, and the evaluations that a sample took
+
+and until then shards/, batch by batch, from which a run that was killed goes on. Every random number belongs to the
+number of one sample, so that the samples depend neither on the processes that shared the work nor on the device, but
+for rounding.
+"""
+
+import dataclasses
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imagenet.checkpoints import load, locate
+from imagenet.shards import Arrays, Shards, parts_of, sha256_of, work
+from imagenet.sit import KINDS
+from imagenet.vae import VAE, to_uint8
+from mfm_ref import ClassifierFree, FlowMap, Guided, MetaFlowMap
+from mfm_ref.checks import check_count, check_finite
+from mfm_ref.data import stream_seed
+from mfm_ref.distributed import Process
+from mfm_ref.files import atomic_path, load_json, remove_folder, save_json
+from mfm_ref.options import option
+from mfm_ref.pretrained import WEIGHTS
+
+# What streams of random numbers are for, the last number of their seeds: none is one of mfm_ref.data's.
+SAMPLES, LABELS, CONTEXTS, DRAWS, ROLLOUTS, AGAIN = range(100, 106)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OFFICIAL_CHANNELS = 3  # of 4, to which SiT's own sampler applies guidance
+DECODED = 16  # latents that are decoded together
+GRID = 8  # images in a row of grid.png, and most rows
+ELSEWHERE = ("out", "device", "weights", "vae")  # options that say where things are: what is there is compared instead
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Options that every script with a network has."""
+
+    weights: str = option("", "file, folder or Hugging Face id of the network (imagenet.checkpoints)")
+    kind: str = option("", "of a file of published weights; empty for a folder of this project", choices=("", *KINDS))
+    num_heads: int = option(16, "of published weights, which do not tell")
+    encoder_depth: int = option(20, "of published weights, which do not tell: blocks that see the start of a jump")
+    guidance: float = option(
+        1.0, "scale w >= 1: an input of weights that have one, classifier-free guidance of others; 1 adds none"
+    )
+    guided_channels: int = option(
+        0, "the first channels, which alone classifier-free guidance moves; 0: 3 for SiT, as its own sampler, else all"
+    )
+    vae: str = option("", "folder or Hugging Face id of the VAE that decodes; empty to keep latents")
+    out: Path = option(Path("runs/imagenet"), "folder of the results")
+    seed: int = option(0, "of every random number")
+    batch: int = option(32, "samples that are made together, and kept as one shard")
+    device: str = option("cpu", "where torch computes: cpu, cuda, …")
+    precision: str = option("float32", "of the network's matrix products", choices=tuple(PRECISIONS))
+    compile: bool = option(False, "compile the network")
+
+
+@contextmanager
+def refusing(program: str) -> Iterator[None]:
+    """What is wrong with options or files ends the program with the message alone."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise SystemExit(f"{program}: {' '.join(str(error).split())}") from error
+
+
+def numbers(text: str, name: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers separated by commas. Raises ValueError for anything else, for none, and for one that is there twice."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"--{name} must be different numbers, separated by commas, got {text!r}")
+    return found
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that torch does not have; a GPU is not touched, which other processes may own."""
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+        if place.type != "cuda":
+            torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be one that this torch computes on, got {device!r}: {reason}") from error
+
+
+# ---- networks --------------------------------------------------------------------------------------------
+
+
+def open_network(config: ModelOptions) -> FlowMap:
+    """The network of --weights as a flow map, for evaluation: on the device, in its precision, without gradients.
+
+    Raises:
+        ValueError: no weights, a device that is not there; from `imagenet.checkpoints.load`.
+    """
+    if not config.weights:
+        raise ValueError("--weights must name the weights: a file, a folder or an id")
+    check_device(config.device)
+    network: nn.Module = load(
+        config.weights, config.kind or None, num_heads=config.num_heads, encoder_depth=config.encoder_depth
+    )
+    network = network.to(config.device).requires_grad_(False)
+    if config.compile:
+        compiled(network)
+    rounded(network, config)
+    return FlowMap(network).eval()
+
+
+def compiled(network: nn.Module) -> None:
+    """Have `velocity` compiled when it is called, once for each batch size: none depends on the sizes before."""
+    network.velocity = torch.compile(network.velocity, dynamic=False)  # type: ignore[arg-type, assignment]
+
+
+def precision(config: ModelOptions) -> AbstractContextManager[Any]:
+    """Matrix products in the precision of the run (autocast)."""
+    kind, dtype = torch.device(config.device).type, PRECISIONS[config.precision]
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+
+
+def rounded(network: nn.Module, config: ModelOptions) -> None:
+    """Evaluate `velocity` in the precision of the run; its result has the states' dtype, as sums along a path need."""
+    velocity: Callable[..., Tensor] = network.velocity  # type: ignore[assignment]
+
+    def in_precision(s: Tensor, u: Tensor, z: Tensor, *rest: Tensor | None) -> Tensor:
+        with precision(config):
+            return velocity(s, u, z, *rest).to(z.dtype)
+
+    network.velocity = in_precision  # type: ignore[assignment]
+
+
+def reads_context(X: FlowMap) -> bool:
+    """Whether the network has a context branch, as MFM; otherwise its t and x do nothing."""
+    return bool(X.network.config["context"])  # type: ignore[index]
+
+
+def makes_jumps(X: FlowMap) -> bool:
+    """Whether the network has two times, as DMF and MFM; otherwise it is SiT's, a drift alone."""
+    return X.network.config["encoder_depth"] is not None  # type: ignore[index]
+
+
+def guided(X: FlowMap, config: ModelOptions) -> MetaFlowMap:
+    """The map with --guidance: as its input where it has one, else classifier-free, else as it is (w = 1).
+
+    A DMF has its guidance in its weights: w = 1 is what it was trained for.
+
+    Raises:
+        ValueError: w below one, or none of the scales that the weights know; channels that the states lack.
+    """
+    w, channels = config.guidance, config.guided_channels
+    if not 1 <= w < math.inf:
+        raise ValueError(f"--guidance must be a number >= 1, got {w}")
+    if not 0 <= channels <= X.shape[0]:
+        raise ValueError(f"--guided-channels must be at least 0 and at most {X.shape[0]}, got {channels}")
+    if getattr(X.network, "reads_guidance", False):
+        scales: list[float] = X.network.config["guidance"]  # type: ignore[index, assignment]
+        if w not in scales:
+            raise ValueError(f"--guidance must be one of the scales that these weights know, {scales}, got {w}")
+        return Guided(X, w)
+    if w == 1:
+        return X
+    if channels == 0:
+        channels = X.shape[0] if makes_jumps(X) else min(OFFICIAL_CHANNELS, X.shape[0])
+    return ClassifierFree(X, w, channels=channels)
+
+
+def guidance_of(X: MetaFlowMap) -> dict[str, Any]:
+    """How a map of `guided` is guided, as JSON values."""
+    if isinstance(X, Guided):
+        return {"by": "an input of the network", "scale": X.guidance}
+    if isinstance(X, ClassifierFree):
+        return {"by": "classifier-free guidance", "scale": X.scale, "channels": X.channels}
+    return {"by": "nothing"}
+
+
+def open_map(config: ModelOptions) -> MetaFlowMap:
+    """The network of --weights with --guidance."""
+    return guided(open_network(config), config)
+
+
+class Passes:
+    """Counts what passes through the networks of maps from here on: `rows`, each one evaluation of one state."""
+
+    def __init__(self, *maps: FlowMap):
+        self.rows = 0
+        for network in {id(X.network): X.network for X in maps}.values():
+            network.velocity = self._counted(network.velocity)  # type: ignore[arg-type, assignment]
+
+    def _counted(self, velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(s: Tensor, u: Tensor, z: Tensor, *rest: Tensor | None) -> Tensor:
+            self.rows += len(z)
+            return velocity(s, u, z, *rest)
+
+        return counted
+
+
+def weights_identity(weights: str) -> dict[str, Any]:
+    """What tells the weights from others: the file in which `load` finds them, its size and its SHA-256."""
+    path = locate(weights)[0]
+    path = path / WEIGHTS if path.is_dir() else path
+    return {"from": weights, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def open_vae(config: ModelOptions, X: FlowMap) -> VAE | None:
+    """The VAE of --vae, None without one. Raises ValueError if its latents are not the network's; from `VAE.load`."""
+    if not config.vae:
+        return None
+    vae = VAE.load(config.vae, config.device)
+    if vae.channels != X.shape[0]:
+        raise ValueError(f"--vae must have latents of {X.shape[0]} channels, as the network has, got {vae.channels}")
+    return vae
+
+
+# ---- random numbers and labels ---------------------------------------------------------------------------
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator of its own for some numbers, on the CPU: it gives the same numbers whatever the device is."""
+    return torch.Generator().manual_seed(stream_seed(*numbers))
+
+
+def generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """One for each sample, by its number."""
+    return [generator_of(seed, i, SAMPLES) for i in rows]
+
+
+def labels_for(kind: str, n: int, n_classes: int, seed: int = 0) -> Tensor:
+    """Labels of samples 0 … n − 1, int64 `(n,)`; none depends on n.
+
+    Args:
+        kind: "balanced": each class in turn, in an order of the seed's; "random": each label by itself; or one class.
+        n: how many, >= 1.
+        n_classes: labels are below it.
+        seed: of order and chance.
+
+    Raises:
+        ValueError: another kind, or a class out of range.
+    """
+    check_count(n, "n")
+    if kind == "balanced":
+        order = torch.randperm(n_classes, generator=generator_of(seed, LABELS))
+        return order[torch.arange(n) % n_classes]
+    if kind == "random":
+        return torch.tensor([stream_seed(seed, i, LABELS) % n_classes for i in range(n)])
+    if not kind.isdecimal() or int(kind) >= n_classes:
+        raise ValueError(f"--labels must be balanced, random or a class from 0 to {n_classes - 1}, got {kind!r}")
+    return torch.full((n,), int(kind))
+
+
+# ---- a folder of samples ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What makes the samples of a folder."""
+
+    settings: dict[str, Any]  # all that they depend on; a folder of others is refused
+    facts: dict[str, Any]  # more, for settings.json
+    labels: Tensor  # (n,), int64
+    draw: Callable[[range], Tensor]  # numbers of samples -> latents (len, *D)
+    passes: Passes  # of the networks in `draw`
+    vae: VAE | None  # that decodes them
+    batch: int
+
+
+def run_job(job: Job, folder: Path, process: Process, progress: str) -> dict[str, Any] | None:
+    """Make a folder of samples, or go on with it; what settings.json says, None but in rank 0.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings, or is damaged; whatever `draw` raises.
+    """
+    record = finished(folder, job.settings)
+    if record is None:
+        shards, parts = Shards(folder / "shards", job.settings), parts_of(len(job.labels), job.batch)
+        work(shards, parts, lambda rows: make(job, rows), process=process, progress=progress)
+        if process.rank == 0:
+            record = assemble(job, folder, shards, len(parts))
+    if process.rank > 0:
+        return None
+    remove_folder(folder / "shards")
+    return record
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What settings.json says of a folder that is finished, None where there is none.
+
+    Raises:
+        ValueError: it was made with other settings, or is damaged.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        return None
+    record = load_json(path)
+    found = record.get("settings", {})
+    others = [
+        f"{key} was {found.get(key)!r} and is {settings.get(key)!r}"
+        for key in sorted(found.keys() | settings.keys())
+        if found.get(key) != settings.get(key)
+    ]
+    if others:
+        raise ValueError(
+            f"{path} belongs to a run with other settings ({'; '.join(others)}): remove it or write elsewhere (--out)"
+        )
+    return record
+
+
+@torch.no_grad()
+def make(job: Job, rows: range) -> tuple[Arrays, dict[str, Any]]:
+    """The samples of some numbers, as images or latents, and the evaluations that they took."""
+    before = job.passes.rows
+    latents = job.draw(rows)
+    check_finite(latents, f"the samples {rows.start} to {rows.stop - 1}")
+    found = latents.float().cpu().numpy() if job.vae is None else decoded(job.vae, latents)
+    return {"samples": found}, {"evaluations": job.passes.rows - before}
+
+
+@torch.no_grad()
+def decoded(vae: VAE, latents: Tensor) -> np.ndarray:
+    """Images of latents `(B, *D)`, uint8 `(B, H, W, 3)`, decoded a few at a time: at 256² each takes much memory."""
+    return np.concatenate([to_uint8(vae.decode(part)) for part in latents.split(DECODED)])
+
+
+def assemble(job: Job, folder: Path, shards: Shards, count: int) -> dict[str, Any]:
+    """Write samples.npz (or latents.npz), grid.png and, last, settings.json from all shards; what the last says."""
+    n, path = len(job.labels), folder / name_of(job.vae)
+    for left in folder.glob(f".*.{path.name}"):  # by a process that died here
+        left.unlink()
+    write_npz(path, [shards.read(k, "samples") for k in range(count)], job.labels.numpy())
+    if job.vae is not None:
+        save_image(grid(first_of(path, GRID**2), GRID), folder / "grid.png")
+    rows = sum(shards.info(k)["evaluations"] for k in range(count))
+    evaluations = rows / n if rows % n else rows // n
+    record = {"settings": job.settings, "samples": n, "evaluations_per_sample": evaluations, **job.facts}
+    save_json(record, folder / "settings.json")
+    return record
+
+
+def name_of(vae: VAE | None) -> str:
+    """The file of the samples."""
+    return "latents.npz" if vae is None else "samples.npz"
+
+
+def write_npz(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
+    """What np.savez(path, arr_0=joined parts, arr_1=labels) writes, with one part in memory at a time; always the same.
+
+    Args:
+        path: of the file.
+        parts: arrays `(n_k, *D)` of one dtype, which may be mapped from files.
+        labels: `(Σ n_k,)`.
+    """
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        for name, dtype, size, arrays in (
+            ("arr_0", parts[0].dtype, shape, parts), ("arr_1", labels.dtype, labels.shape, [labels]),
+        ):  # fmt: skip
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(member, "w", force_zip64=True) as file:
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": size}
+                np.lib.format.write_array_header_1_0(file, header)
+                for array in arrays:
+                    file.write(np.ascontiguousarray(array).data)
+
+
+def first_of(path: Path, n: int) -> np.ndarray:
+    """The first n rows of arr_0, or all of fewer, without reading the others."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        shape, dtype = read_header(file)
+        shape = (min(n, shape[0]), *shape[1:])
+        return np.frombuffer(bytearray(file.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
+    """Shape and dtype of the array of a .npy file, which is read as far as its first number."""
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
+
+
+def grid(images: np.ndarray, columns: int) -> Image.Image:
+    """Images uint8 `(n, H, W, 3)` in rows of `columns`; places that are left over are white."""
+    check_count(columns, "columns")
+    n, height, width = images.shape[:3]
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    page = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    page[:n] = images
+    page = page.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return Image.fromarray(page.reshape(rows * height, columns * width, 3))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture as PNG."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def describe(
+    config: ModelOptions, network: FlowMap, X: MetaFlowMap, vae: VAE | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that samples depend on, and what else settings.json says of a run.
+
+    Args:
+        config: of the run.
+        network: of --weights.
+        X: the same, guided.
+        vae: that decodes the samples, or None.
+    """
+    weights, decoder = weights_identity(config.weights), None if vae is None else vae.identity
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
+    settings |= {"weights": weights["sha256"], "vae": decoder and decoder["sha256"]}
+    facts = {"weights": weights, "network": network.network.config, "guidance": guidance_of(X), "vae": decoder}
+    return settings, facts | {"torch": torch.__version__, "device": device_name(config.device)}
+
+
+def device_name(device: str) -> str:
+    """What the run computes on."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
