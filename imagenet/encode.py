@@ -62,7 +62,7 @@ class EncodeConfig:
     precision: str = option("float32", "of the VAE's matrix products", choices=tuple(DTYPES))
 
 
-def main(config: EncodeConfig) -> dict[str, Any]:
+def run(config: EncodeConfig) -> dict[str, Any]:
     """Encode what is not encoded yet, and write latents.json.
 
     Returns:
@@ -337,13 +337,18 @@ class _Encoding:
         return stored.cpu().numpy()
 
 
-if __name__ == "__main__":
-    settings = parse(EncodeConfig, __doc__ or "")
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; what is wrong with options or files ends it with the message alone."""
+    config = parse(EncodeConfig, __doc__ or "", arguments)
     try:
-        found = main(settings)
+        found = run(config)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"imagenet.encode: {error}") from error
     if int(os.environ.get("RANK", "0")) == 0:
         counts = found["counts"]
-        print(f"{counts['encoded']} images of {len(found['classes'])} classes in {settings.out}", end="")
+        print(f"{counts['encoded']} images of {len(found['classes'])} classes in {config.out}", end="")
         print(f", {counts['skipped']} that could not be read" if counts["skipped"] else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(tiny):
     """The record and the folder of an unbroken run."""
-    return encode.main(config_of(tiny, tiny / "latents")), tiny / "latents"
+    return encode.run(config_of(tiny, tiny / "latents")), tiny / "latents"
 
 
 def config_of(tiny, out, **options):
@@ -356,10 +356,10 @@ def test_the_record_says_what_is_there(tiny, encoded):
 
 
 def test_without_flips_and_in_bfloat16(tiny, encoded, tmp_path):
-    encode.main(config_of(tiny, tmp_path / "plain", flips=False))
+    encode.run(config_of(tiny, tmp_path / "plain", flips=False))
     whole = joined(encoded[1], "moments")
     assert np.array_equal(joined(tmp_path / "plain", "moments"), whole[:, :1])
-    encode.main(config_of(tiny, tmp_path / "coarse", flips=False, precision="bfloat16"))
+    encode.run(config_of(tiny, tmp_path / "coarse", flips=False, precision="bfloat16"))
     error = np.abs(joined(tmp_path / "coarse", "moments").astype(float) - whole[:, :1])
     assert 1e-3 < error.max() < 0.1
 
@@ -368,15 +368,15 @@ def test_a_finished_run_does_nothing_and_another_is_refused(tiny, encoded, monke
     record, folder = encoded
     before = contents(folder)
     monkeypatch.setattr(VAE, "moments", lambda *_: pytest.fail("all is encoded"))
-    assert encode.main(config_of(tiny, folder, batch=7)) == record
+    assert encode.run(config_of(tiny, folder, batch=7)) == record
     assert contents(folder) == before
     for options, named in (({"size": 72}, "size was 64 and is 72"), ({"flips": False}, "flips was True and is False")):
         with pytest.raises(ValueError, match=f"other settings .*{named}"):
-            encode.main(config_of(tiny, folder, **options))
+            encode.run(config_of(tiny, folder, **options))
     with pytest.raises(ValueError, match=r"other settings .*images was '.*'; vae was '.*' and is"):
         shutil.copytree(tiny / "images", tiny / "more", dirs_exist_ok=True)
         (tiny / "more" / CLASSES[0] / "99.png").touch()
-        encode.main(config_of(tiny, folder, images=str(tiny / "more"), vae=str(tiny_vae(tiny / "other", seed=1))))
+        encode.run(config_of(tiny, folder, images=str(tiny / "more"), vae=str(tiny_vae(tiny / "other", seed=1))))
     assert contents(folder) == before
 
 
@@ -388,7 +388,7 @@ def test_a_finished_run_does_nothing_and_another_is_refused(tiny, encoded, monke
 ])  # fmt: skip
 def test_options_out_of_range_are_refused_before_anything_is_written(tiny, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        encode.main(config_of(tiny, tmp_path / "out", **options))
+        encode.run(config_of(tiny, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 
@@ -399,7 +399,7 @@ def test_moments_that_float16_cannot_hold_are_refused(tiny, tmp_path, value):
     bias[1] = value
     harmed = changed(tiny, tmp_path / "vae", add={"quant_conv.bias": bias})
     with pytest.raises(ValueError, match=r"moments of china/00.JPEG must be numbers that float16 can hold, got up to "):
-        encode.main(config_of(tiny, tmp_path / "out", vae=harmed))
+        encode.run(config_of(tiny, tmp_path / "out", vae=harmed))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
 
 
@@ -434,7 +434,7 @@ def test_what_cannot_be_read_is_listed_and_left_out(tiny, encoded, tmp_path):
     names = corrupt(images / "dog")
     for name in names[::2]:
         (images / "dog" / name).rename(images / CLASSES[0] / name)
-    record = encode.main(config_of(tiny, tmp_path / "out", images=str(images), shard=7))
+    record = encode.run(config_of(tiny, tmp_path / "out", images=str(images), shard=7))
     assert len(names) == 8
     assert record["counts"] == {"images": 32, "encoded": 24, "skipped": 8, "of_each_class": [12, 0, 12]}
     reasons = {Path(image["file"]).name: image["reason"] for image in record["skipped"]}
@@ -460,7 +460,7 @@ def test_without_an_image_that_can_be_read_there_are_no_latents(tiny, tmp_path):
     message = r"must hold an image that can be read, got none of 8 \(dog/dangling.png: FileNotFoundError"
     for _ in range(2):  # and a second run says so too
         with pytest.raises(ValueError, match=message):
-            encode.main(config_of(tiny, tmp_path / "out", images=str(tmp_path / "images")))
+            encode.run(config_of(tiny, tmp_path / "out", images=str(tmp_path / "images")))
     assert not (tmp_path / "out" / "latents.json").exists()
 
 
@@ -477,9 +477,9 @@ def test_trouble_with_the_machine_is_no_fault_of_the_image(tiny, encoded, tmp_pa
 
     monkeypatch.setattr(Image, "open", fails_once)
     with pytest.raises(type(error), match=str(error.args[-1])):
-        encode.main(config_of(tiny, tmp_path / "out"))
+        encode.run(config_of(tiny, tmp_path / "out"))
     assert (tmp_path / "out" / "shard-00000").exists() and not (tmp_path / "out" / "shard-00001").exists()
-    encode.main(config_of(tiny, tmp_path / "out"))
+    encode.run(config_of(tiny, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(encoded[1])
 
 
@@ -508,7 +508,7 @@ images, root = sys.argv[1], Path(sys.argv[2])
 encode.VAE = Patches
 
 def run(name):
-    encode.main(encode.EncodeConfig(images, "patches", root / name, size=64, batch=3, shard=5, workers=0))
+    encode.run(encode.EncodeConfig(images, "patches", root / name, size=64, batch=3, shard=5, workers=0))
 
 def dying(owner, name, call, before=True):
     # Let this process die before or after the `call`-th call of a function.
@@ -572,7 +572,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(tiny, tmp_path):
 def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkeypatch):
     """By the command line; shards that were lost are made again, and nothing else."""
     monkeypatch.setattr(encode, "VAE", Patches)
-    encode.main(config_of(tiny, tmp_path / "one"))
+    encode.run(config_of(tiny, tmp_path / "one"))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for name in ("shard-00001", "shard-00002", "shard-00003"):
         shutil.rmtree(tmp_path / "two" / name)

@@ -237,7 +237,7 @@ def real(tmp_path_factory):
     """Photographs encoded by a tiny VAE, and the latter."""
     root = tmp_path_factory.mktemp("real")
     images, vae = photographs(root / "images"), tiny_vae(root / "vae")
-    encode.main(encode.EncodeConfig(str(images), str(vae), root / "latents", SIZE, batch=8, shard=10, workers=0))
+    encode.run(encode.EncodeConfig(str(images), str(vae), root / "latents", SIZE, batch=8, shard=10, workers=0))
     return root / "latents", VAE.load(str(vae))
 
 

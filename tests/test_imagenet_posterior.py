@@ -69,7 +69,7 @@ def tiny(tmp_path_factory):
     FlowMap(tiny_sit("mfm", shape=(4, 4, 4))).save_pretrained(root / "small")
     FlowMap(tiny_sit("mfm", n_classes=1)).save_pretrained(root / "one")
     vae, images = str(tiny_vae(root / "vae")), str(photographs(root / "images"))
-    encode.main(encode.EncodeConfig(images=images, vae=vae, out=root / "latents", size=64, workers=0))
+    encode.run(encode.EncodeConfig(images=images, vae=vae, out=root / "latents", size=64, workers=0))
     return root
 
 

@@ -1,8 +1,10 @@
 """The README is true: its example runs, its tables repeat the committed reports, its links and commands exist."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import mfm_ref
+from benchmarks import imagenet as imagenet_speed
 from toy import table
 from toy.images import report
 
@@ -18,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TOY_README = (ROOT / "toy" / "README.md").read_text()
 IMAGES_README = (ROOT / "toy" / "images" / "README.md").read_text()
+IMAGENET_README = (ROOT / "imagenet" / "README.md").read_text()
 IMAGES_RESULTS = sorted((ROOT / "toy" / "results").glob("images-*"))
 
 
@@ -101,8 +105,13 @@ def table_blocks(text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("text", "folder"),
-    [(README, ROOT), (TOY_README, ROOT / "toy"), (IMAGES_README, ROOT / "toy" / "images")],
-    ids=["README.md", "toy", "toy/images"],
+    [
+        (README, ROOT),
+        (TOY_README, ROOT / "toy"),
+        (IMAGES_README, ROOT / "toy" / "images"),
+        (IMAGENET_README, ROOT / "imagenet"),
+    ],
+    ids=["README.md", "toy", "toy/images", "imagenet"],
 )
 def test_links_lead_somewhere(text, folder):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
@@ -128,3 +137,50 @@ def test_commands_of_the_makefile_are_the_documented_ones():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in re.findall(r"-m toy\.(\w+)", README + TOY_README + IMAGES_README):
         assert (ROOT / "toy" / f"{module}.py").exists()
+
+
+def test_the_network_example_of_the_imagenet_page_runs_as_printed():
+    code = IMAGENET_README.split("```python")[1].split("```")[0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert result.stdout.strip() == "torch.Size([5, 3, 4, 8, 8])"
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenet-cpu"])
+def test_the_imagenet_page_repeats_the_measured_speed(name):
+    report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert imagenet_speed.tables(report) in IMAGENET_README
+
+
+def imagenet_commands() -> list[list[str]]:
+    """The commands in the blocks of the page, as words from the name of the module on."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", IMAGENET_README, re.DOTALL | re.MULTILINE)
+    blocks = "\n".join(text for language, text in found if not language).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if "-m imagenet." in line]
+    return [line[line.index("-m") + 1 :] for line in lines]
+
+
+def test_the_imagenet_page_has_a_command_for_every_script():
+    scripts = {path.stem for path in (ROOT / "imagenet").glob("*.py") if "__main__" in path.read_text()}
+    assert {module.removeprefix("imagenet.") for module, *_ in imagenet_commands()} == scripts
+
+
+@pytest.mark.parametrize("command", imagenet_commands(), ids=lambda command: " ".join(command)[9:60])
+def test_options_of_the_imagenet_commands_exist(command, monkeypatch):
+    """Each is read by the script's own parser; what it would begin is not begun."""
+    module, *options = command
+    script = importlib.import_module(module)
+    stopped = "reading the options is enough"
+
+    def begun(*_, **__):
+        raise ValueError(stopped)
+
+    for name in ("run", "locate", "_own", "check_device"):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, begun)
+    if module.endswith("evaluate"):
+        monkeypatch.setattr(script, "COMMANDS", {k: (c, begun, text) for k, (c, _, text) in script.COMMANDS.items()})
+    with pytest.raises(SystemExit, match=stopped):
+        script.main(options)
