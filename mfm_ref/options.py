@@ -12,7 +12,9 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
 
 
-def parse(config: type[Config], description: str, arguments: list[str] | None = None) -> Config:
+def parse(
+    config: type[Config], description: str, arguments: list[str] | None = None, *, prog: str | None = None
+) -> Config:
     """A config from the command line: an option `--name` for each field of a dataclass.
 
     The default says of what type a field is. A bool is a flag, `--name` or `--no-name`.
@@ -21,8 +23,9 @@ def parse(config: type[Config], description: str, arguments: list[str] | None = 
         config: the dataclass; every field has a default that is a str, int, float, bool or Path.
         description: the text above the options in `--help`.
         arguments: in place of those that the process got.
+        prog: the command, as a user types it; the file's name where None.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=HelpFormatter)
     add_options(parser, config)
     return config(**vars(parser.parse_args(arguments)))
 
@@ -39,5 +42,8 @@ def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, confi
             parser.add_argument(name, type=kind, default=field.default, choices=choices, help=text)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each option, and the description with its own lines."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each option, but for empty ones, and the description with its own lines."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default == "" else super()._get_help_string(action)

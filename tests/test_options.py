@@ -17,6 +17,7 @@ class Options:
     rate: float = option(0.1, "100 % of it")
     kind: str = option("a", "which one", choices=("a", "b"))
     fast: bool = option(False, "or slow")
+    name: str = option("", "nobody's")
 
 
 def test_defaults_are_those_of_the_fields():
@@ -41,7 +42,9 @@ def test_what_is_no_option_ends_the_program(given, match, capsys):
 
 def test_help_keeps_the_lines_of_the_description_and_shows_defaults(capsys):
     with pytest.raises(SystemExit):
-        parse(Options, "What it does.\n\n    a   table\n    of two lines", ["--help"])
+        parse(Options, "What it does.\n\n    a   table\n    of two lines", ["--help"], prog="python -m it")
     page = capsys.readouterr().out
+    assert page.startswith("usage: python -m it [-h]")
+    assert "nobody's\n" in page and "(default: )" not in page
     assert "\n    a   table\n    of two lines\n" in page
     assert "(default: 8)" in page and "100 % of it" in page and "--no-fast" in page
