@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from imagenet.commands import refusing
 from imagenet.sit import KINDS, SIZES, SiT
 from mfm_ref import FlowMap
-from mfm_ref.files import atomic_path, read_weights
+from mfm_ref.files import atomic_path, read_weights, save_tensors
 
 # Files by the name of the repository that holds them on huggingface.co, and what they are.
 HUB = {"kyungmnlee/DMF": ("dmf_xl_2_256.pt", "dmf"), "adh1s/mfm": ("mfm-xl2.pt", "mfm")}
@@ -135,6 +135,8 @@ def load(
 
 
 def _own(folder: Path) -> SiT:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder of this project, such as convert makes of a file")
     network = FlowMap.from_pretrained(folder, network=_unfilled).network
     assert isinstance(network, SiT)
     return network
@@ -160,8 +162,10 @@ def locate(source: Path | str, kind: str | None = None) -> tuple[Path, str | Non
     repository, _, file = rest.partition("/")
     repository = f"{owner}/{repository}"
     if name in HUB:
-        file = HUB[name][0]
-        kind = kind or HUB[name][1]
+        file, known = HUB[name]
+        if kind not in (None, known):
+            raise ValueError(f"{name} holds weights of the kind {known!r}, got kind={kind!r}")
+        kind = known
     if not file.endswith(SUFFIXES) or not owner.strip("."):
         raise ValueError(
             f"{name} must be a file or folder that is there, one of {sorted(HUB)}, or owner/repository/file on "
@@ -527,7 +531,10 @@ def mfm_from(
 
 def convert(options: argparse.Namespace) -> str:
     """Write a file of another project as a folder of this one."""
+    _check_new(options.out)
     path, kind = locate(options.source, options.kind)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, which needs no converting: give FILE or an id")
     tensors = read_state(path)
     network = load(
         path,
@@ -555,11 +562,11 @@ def back(options: argparse.Namespace) -> str:
     network = _own(options.source)
     kind = options.kind or kind_of(network)
     state = to_state(network, kind)
-    with atomic_path(out) as temporary:
-        if out.suffix == ".pt":
+    if out.suffix == ".safetensors":
+        save_tensors(state, out)
+    else:
+        with atomic_path(out) as temporary:
             torch.save(state, temporary)
-        else:
-            save_file(state, temporary)
     settings = {"num_heads": network.config["heads"]}
     if network.two_times:
         settings["encoder_depth" if kind == "mfm" else "dmf_depth"] = network.encoder_depth
@@ -572,6 +579,7 @@ def back(options: argparse.Namespace) -> str:
 
 def init(options: argparse.Namespace) -> str:
     """Write the Meta Flow Map that begins as the map in a folder."""
+    _check_new(options.out)
     torch.manual_seed(options.seed)
     network = mfm_from(
         _own(options.source),
@@ -581,6 +589,16 @@ def init(options: argparse.Namespace) -> str:
     )
     FlowMap(network).save_pretrained(options.out)
     return f"{options.out}: mfm, {_size(network)}, encoder_depth={network.encoder_depth}"
+
+
+def _scales(text: str) -> list[float]:
+    return [float(w) for w in text.split(",") if w]
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that is there: a model in it would be lost."""
+    if out.exists():
+        raise ValueError(f"OUT must be a new folder, and {out} is there")
 
 
 def _size(network: SiT) -> str:
@@ -608,7 +626,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
     for command in (convert, init):
         parsers[command].add_argument(
-            "--guidance", type=float, nargs="*", default=[1.0, 2.5], metavar="W", help="scales of the guidance table"
+            "--guidance", type=_scales, default=[1.0, 2.5], metavar="W,W", help="scales of the guidance table"
         )
     whole = parsers[convert].add_argument
     whole("--num-heads", type=int, default=16, help="of the attention (default: %(default)s)")
@@ -628,10 +646,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; what is wrong with options or files ends it with the message alone."""
     options = parse(arguments)
-    try:
+    with refusing("imagenet.checkpoints"):
         print(options.run(options))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"imagenet.checkpoints: {error}") from error
 
 
 if __name__ == "__main__":

@@ -165,7 +165,12 @@ class SiT(nn.Module):
         y: Tensor | None = None,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """v_{s,u}: times `(B,)`, z and context x or t·x `(B, *D)`, labels and guidance `(B,)` or None, to `(B, *D)`."""
+        """v_{s,u}: times `(B,)`, z and context x or t·x `(B, *D)`, labels and guidance `(B,)` or None, to `(B, *D)`.
+
+        Raises:
+            ValueError: labels that are not integers from 0 to n_classes.
+        """
+        _check_labels(y, self.n_classes)
         encoder, decoder, e = self.conditions(s, u, t, y, guidance)  # (B, d)
         h = self.tokens(z, t, context, e)  # (B, N, d)
         for k, block in enumerate(self.blocks):
@@ -305,6 +310,15 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _layer_norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def _check_labels(y: Tensor | None, n_classes: int) -> None:
+    """Refuse labels that have no embedding; a GPU would only say that something was out of bounds."""
+    if y is None or torch.compiler.is_compiling():
+        return
+    if y.is_floating_point() or not bool(((y >= 0) & (y <= n_classes)).all()):
+        low, high = (end.item() for end in y.aminmax())
+        raise ValueError(f"labels y must be integers from 0 to {n_classes}, got {y.dtype} from {low} to {high}")
 
 
 def _check(config: dict[str, Any]) -> None:

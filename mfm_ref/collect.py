@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mfm_ref.checks import check_count, check_finite
 from mfm_ref.cost import Cost
 from mfm_ref.data import COLLECTED, stream_seed
-from mfm_ref.files import atomic_path
+from mfm_ref.files import save_tensors
 
 FORMAT = "mfm_ref samples 1"
 
@@ -123,8 +122,7 @@ class _Batches:
         """Write batch k, whole or not at all."""
         content = {"format": FORMAT, "run": self.run, "batch": k, "rows": len(samples), "cost": cost.__dict__}
         try:
-            with atomic_path(self.path(k)) as temporary:
-                save_file({"samples": samples}, temporary, {"mfm_ref": json.dumps(content)})
+            save_tensors({"samples": samples}, self.path(k), {"mfm_ref": json.dumps(content)})
         except (OSError, SafetensorError) as error:  # safetensors hides the OSError
             raise OSError(f"{self.path(k)} could not be written; the batches before it are: {error}") from error
 

@@ -103,6 +103,15 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, with notes in its metadata; as readable to others as any new file is."""
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, notes)  # of a file of its own, which only its owner may read
+        temporary.chmod(mode)
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors; tensors that share memory are written one by one."""
     tensors: dict[str, Tensor] = {}
@@ -112,8 +121,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         memory = flat.untyped_storage().data_ptr()
         tensors[name] = flat.clone() if memory in seen else flat
         seen.add(memory)
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+    save_tensors(tensors, path)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

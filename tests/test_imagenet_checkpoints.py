@@ -641,7 +641,7 @@ def test_a_file_of_the_hub_that_cannot_be_had(name, repository, file, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=offline))
     address = f"huggingface.co/{repository}/resolve/main/{file}"
     with pytest.raises(ValueError, match=rf"{file} could not be had .*\(ConnectionError\).*{address}"):
-        load(name, "sit")
+        load(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
     with pytest.raises(ValueError, match=rf"{file} could not be had .*\(ModuleNotFoundError\).*{address}"):
         load(name)
@@ -655,6 +655,8 @@ def test_a_file_of_the_hub(tmp_path, monkeypatch):
     assert max(errors("dmf_tiny", network).values()) < TOLERANCE
     with pytest.raises(ValueError, match=r"dmf_xl_2_256.pt: kind must be given, 'sit' or 'dmf'"):
         load("someone/else/dmf_xl_2_256.pt", **vector("dmf_tiny").options)
+    with pytest.raises(ValueError, match=r"kyungmnlee/DMF holds weights of the kind 'dmf', got kind='sit'"):
+        load("kyungmnlee/DMF", "sit")
 
 
 def test_folders_say_what_they_are(tmp_path):
@@ -975,7 +977,7 @@ def test_a_file_to_a_folder_and_back(name, suffix, tmp_path, capsys):
 
 def test_a_map_to_begin_with_from_the_command_line(tmp_path, capsys):
     FlowMap(vector("sit_tiny").network()).save_pretrained(tmp_path / "base")
-    arguments = ["init", str(tmp_path / "base"), str(tmp_path / "map"), "--encoder-depth", "2", "--guidance", "1", "4"]
+    arguments = ["init", str(tmp_path / "base"), str(tmp_path / "map"), "--encoder-depth", "2", "--guidance", "1,4"]
     main([*arguments, "--reads-tx"])
     assert capsys.readouterr().out.endswith("map: mfm, 0.3 M parameters, encoder_depth=2\n")
     network = load(tmp_path / "map")
@@ -983,10 +985,12 @@ def test_a_map_to_begin_with_from_the_command_line(tmp_path, capsys):
     s, u, z, t, x, y, w = draws(3)
     v = FlowMap(network).velocity(s, u, z, t, x, y, w)
     assert torch.equal(v, FlowMap(vector("sit_tiny").network()).velocity(s, s, z, 0.0, 0 * x, y))
+    arguments[2] = str(tmp_path / "again")
     main([*arguments, "--reads-tx"])
-    same(load(tmp_path / "map").state_dict(), network.state_dict())  # drawn from the seed
+    same(load(tmp_path / "again").state_dict(), network.state_dict())  # drawn from the seed
+    arguments[2] = str(tmp_path / "other")
     main([*arguments, "--no-reads-tx", "--seed=1"])
-    assert not torch.equal(load(tmp_path / "map").context_t.mlp[0].weight, network.context_t.mlp[0].weight)
+    assert not torch.equal(load(tmp_path / "other").context_t.mlp[0].weight, network.context_t.mlp[0].weight)
 
 
 def test_half_precision_is_reported(tmp_path, capsys):
@@ -1002,11 +1006,14 @@ def test_a_wrong_command_ends_with_the_reason(tmp_path):
     for arguments, reason in (
         (["convert", str(path), "x", "--kind", "dmf"], r"theirs.pt: 32 rows in final_layer.linear"),
         (["convert", str(tmp_path / "none.pt"), "x"], r"none.pt must be a file or folder that is there"),
-        (["convert", str(tmp_path / "ours"), "x"], r"ours must be a file"),
+        (["convert", str(tmp_path / "ours"), "x"], r"ours is a folder, which needs no converting"),
+            (["convert", str(path), str(tmp_path / "ours")], r"OUT must be a new folder, and .*ours is there"),
         (["back", str(tmp_path / "ours"), str(path)], r"OUT must be a new file, named .pt .*, got .*theirs.pt$"),
         (["back", str(tmp_path / "ours"), str(tmp_path / "new.npz")], r"OUT must be a new file"),
         (["back", str(tmp_path / "ours"), str(tmp_path / "new.pt"), "--kind", "mfm"], r"of the kind 'sit', got 'mfm'"),
-        (["init", str(tmp_path / "none"), "x"], r"config.json must be a readable JSON file"),
+        (["init", str(tmp_path / "none"), "x"], r"none must be a folder of this project, such as convert makes"),
+            (["init", str(path), "x"], r"theirs.pt must be a folder of this project, such as convert makes"),
+            (["init", str(tmp_path / "ours"), str(tmp_path)], r"OUT must be a new folder"),
     ):  # fmt: skip
         with pytest.raises(SystemExit, match=rf"^imagenet.checkpoints: .*{reason}"):
             main(arguments)

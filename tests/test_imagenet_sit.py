@@ -335,3 +335,12 @@ def test_checkpointing_stands_back_where_a_derivative_is_taken():
         with dual_level():
             slopes.append(unpack_dual(made.velocity(s, u, make_dual(z, x), t, x, y, w)).tangent)
     assert torch.equal(*slopes)
+
+
+@pytest.mark.parametrize("y", [torch.tensor([0, 4]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0])])
+def test_labels_that_have_no_embedding_are_refused(y):
+    network = build("tiny", "sit", shape=[4, 4, 4], n_classes=3)
+    z, time = torch.zeros(2, 4, 4, 4), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"labels y must be integers from 0 to 3, got torch\.\w+ from"):
+        network.velocity(time, time, z, time, z, y)
+    network.velocity(time, time, z, time, z, torch.tensor([0, 3]))

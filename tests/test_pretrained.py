@@ -253,3 +253,9 @@ def test_shared_tensors_are_written_each(tmp_path):
     found = load_file(tmp_path / "weights.safetensors")
     assert set(found) == {"inlet.weight", "outlet.weight", "again.weight"}
     assert torch.equal(found["again.weight"], network.inlet.weight)
+
+
+def test_weights_are_as_readable_to_others_as_any_new_file(tmp_path):
+    mlp().save_pretrained(tmp_path / "map")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "map" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
