@@ -4,11 +4,13 @@
     torchrun --nproc-per-node 8 -m imagenet.encode --images DIR --vae … --out data/latents --device cuda
 
 DIR holds a folder for each class, whose label is its place in alphabetical order; or --images is a text file with a
-line `PATH LABEL` for each image, where a label is a number or a name. Images are cropped as in ADM (arXiv 2105.05233).
-Those that cannot be read are listed with the reason, and left out. A run that was killed goes on where it was.
+line `PATH LABEL` for each image, where labels are numbers, or names that get such places. A network that knows the 1000
+classes of ImageNet needs their numbers: a folder with some of them gives others, so list its images in a file.
+Images are cropped as in ADM (arXiv 2105.05233). Those that cannot be read are listed with the reason, and left out; a
+later run looks at them again. A run that was killed goes on where it was.
 Writes, for `imagenet.latents` to read:
 
-    latents.json              the VAE, the scale, counts, classes, images left out, checksums; written last
+    latents.json              the VAE and its scale, counts, classes, images left out, checksums; written last
     shard-00003/moments.npy   float16 (n, 2, 2C, h, w): mean and standard deviation of each image and of its mirror
                               image, whose latents an autoencoder does not merely mirror; (n, 1, …) with --no-flips
     shard-00003/labels.npy    int64 (n,)
@@ -19,6 +21,8 @@ import dataclasses
 import errno
 import hashlib
 import os
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +34,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from imagenet.commands import check_device, refusing
 from imagenet.shards import Arrays, Shards, own_parts, parts_of, work
 from imagenet.vae import VAE
 from mfm_ref.checks import check_count
 from mfm_ref.distributed import Process, processes
-from mfm_ref.files import save_json
+from mfm_ref.files import remove_folder, save_json
 from mfm_ref.options import option, parse
 
 FORMAT = "mfm_ref latents 1"
@@ -42,15 +47,16 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 MOST_PIXELS = 2**26  # of an image scaled to the size, before its crop
 MOST_CLASSES = 10**6
-# Of reading a file, they say nothing of the image in it: the run stops, and may go on later.
-TROUBLE = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
+NUMBER = r"[-+]?[0-9]+([.][0-9]*)?"  # what looks like one, and is no name of a class
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig:
     """Options of `imagenet.encode`."""
 
-    images: str = option("", "folder with a folder of images for each class, or a text file of lines PATH LABEL")
+    images: str = option(
+        "", "folder with a folder for each class, or a text file of lines PATH LABEL, as some classes of ImageNet need"
+    )
     vae: str = option("", "folder of an AutoencoderKL, or its name on the Hugging Face hub")
     out: Path = option(Path("data/latents"), "folder of the latents")
     size: int = option(256, "pixels of an encoded image, a side")
@@ -70,12 +76,14 @@ def run(config: EncodeConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: no images, none that can be read, a VAE that cannot be had or whose moments float16 cannot hold,
-            options out of range, a folder of a run with other settings.
+            options out of range, a folder of a run with other settings or of other things.
+        OSError: a file that is listed is missing, or the system does not let it be read.
     """
-    check_count(config.batch, "batch")
-    check_count(config.workers, "workers", 0)
+    for name, least in (("batch", 1), ("shard", 1), ("workers", 0)):
+        check_count(getattr(config, name), f"--{name}", least)
+    check_device(config.device)
     if config.precision not in DTYPES:
-        raise ValueError(f"precision must be one of {list(DTYPES)}, got {config.precision!r}")
+        raise ValueError(f"--precision must be one of {list(DTYPES)}, got {config.precision!r}")
     for name in ("images", "vae"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed")
@@ -85,6 +93,9 @@ def run(config: EncodeConfig) -> dict[str, Any]:
         vae = VAE.load(config.vae, process.device)
         vae.latent_shape(config.size)
         shards = Shards(config.out, settings_of(config, listing, vae))
+        if process.rank == 0 and listing.loose:
+            print(f"{config.images}: {listing.loose} images beside the class folders are left out", file=sys.stderr)
+        _remove_mended(_Images(listing, config.size), shards, parts, process)
         job = _Encoding(config, listing, vae, shards, parts, process)
         work(shards, parts, job.make, process=process, progress="images encoded")
         record = record_of(config, listing, vae, shards, len(parts))
@@ -119,7 +130,6 @@ def record_of(config: EncodeConfig, listing: "Listing", vae: VAE, shards: Shards
     return {
         "format": FORMAT,
         "vae": vae.identity,
-        "scale": vae.scale,
         "size": config.size,
         "shape": list(vae.latent_shape(config.size)),
         "flips": config.flips,
@@ -153,6 +163,7 @@ class Listing(NamedTuple):
     files: list[str]  # relative to root, or absolute
     labels: list[int]
     classes: list[str]  # by label
+    loose: int = 0  # images beside the folders of the classes, which have no label
 
     def sha256(self) -> str:
         """Tells one list from another, wherever the images lie."""
@@ -171,17 +182,23 @@ def list_images(images: Path) -> Listing:
 
 def _tree(root: Path) -> Listing:
     """Classes are the folders in root; their images may lie deeper. Names that begin with a dot do not count."""
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    loose = sum(entry.is_file() and entry.suffix.lower() in SUFFIXES for entry in entries)
     files, labels = [], []
     for label, name in enumerate(classes):
         found = []
-        for folder, below, names in os.walk(root / name, followlinks=True):
+        for folder, below, names in os.walk(root / name, onerror=_give_up, followlinks=True):
             below[:] = [inner for inner in below if not inner.startswith(".")]
             paths = (Path(folder, file) for file in names if not file.startswith("."))
             found += [path.relative_to(root).as_posix() for path in paths if path.suffix.lower() in SUFFIXES]
         files += sorted(found)
         labels += [label] * len(found)
-    return Listing(root, files, labels, classes)
+    return Listing(root, files, labels, classes, loose)
+
+
+def _give_up(error: OSError) -> None:
+    raise error
 
 
 def _list_file(path: Path) -> Listing:
@@ -197,28 +214,34 @@ def _list_file(path: Path) -> Listing:
             if len(pair) != 2:
                 raise ValueError(f"line {number} of {path} must be PATH LABEL, got {line!r}")
             pairs.append((pair[0].strip(), pair[1].strip()))
-    names = [name for _, name in pairs]
-    if all(name.isascii() and name.isdigit() for name in names):
-        labels = [int(name) for name in names]
-        if max(labels, default=0) >= MOST_CLASSES:
-            raise ValueError(f"labels in {path} must be below {MOST_CLASSES}, got {max(labels)}")
-        classes = [str(label) for label in range(max(labels, default=-1) + 1)]
-    else:
+    files, names = [file for file, _ in pairs], [name for _, name in pairs]
+    numbers = [name for name in names if re.fullmatch(NUMBER, name)]
+    if not numbers:
         classes = sorted(set(names))
         number_of = {name: label for label, name in enumerate(classes)}
-        labels = [number_of[name] for name in names]
-    return Listing(path.parent, [file for file, _ in pairs], labels, classes)
+        return Listing(path.parent, files, [number_of[name] for name in names], classes)
+    odd = [name for name in names if not (name.isascii() and name.isdigit())]
+    if odd:
+        raise ValueError(
+            f"labels in {path} must be numbers from 0 on, or names alone, got {odd[0]!r} and {numbers[0]!r}"
+        )
+    labels = [int(name) for name in names]
+    if max(labels) >= MOST_CLASSES:
+        raise ValueError(f"labels in {path} must be below {MOST_CLASSES}, got {max(labels)}")
+    classes = [str(label) for label in range(max(labels) + 1)]
+    return Listing(path.parent, files, labels, classes)
 
 
 # ---- reading them --------------------------------------------------------------------------------------
 
 
+Item = tuple[int, np.ndarray | str | OSError]
 # The numbers of the images that could be read, their pixels as bytes (n, size, size, 3), and why others could not.
-Loaded = tuple[list[int], Tensor, dict[int, str]]
+Loaded = tuple[list[int], Tensor, dict[int, str | OSError]]
 
 
-class _Images(Dataset[tuple[int, np.ndarray | str]]):
-    """The pixels of an image, or why it cannot be read."""
+class _Images(Dataset[Item]):
+    """The pixels of an image, or why it cannot be read: an OSError says nothing of the image."""
 
     def __init__(self, listing: Listing, size: int):
         self.listing, self.size = listing, size
@@ -226,15 +249,24 @@ class _Images(Dataset[tuple[int, np.ndarray | str]]):
     def __len__(self) -> int:
         return len(self.listing.files)
 
-    def __getitem__(self, k: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, k: int) -> Item:
         try:
             return k, read_image(self.listing.root / self.listing.files[k], self.size)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise what they like: SyntaxError, struct.error, …
-            if isinstance(error, OSError) and error.errno in TROUBLE:
-                raise
+            # Pillow's own OSErrors have no number; a damaged file may send it to no place in it (EINVAL).
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                return k, error  # not raised: a worker's exceptions arrive with its whole traceback
             return k, f"{type(error).__name__}: {error}"
+
+
+def _remove_mended(images: _Images, shards: Shards, parts: list[range], process: Process) -> None:
+    """Remove the shards of this process that lack an image which can be read now: they are made anew."""
+    for k in filter(shards.done, range(process.rank, len(parts), process.world)):
+        left_out = sorted(set(parts[k]) - set(shards.read(k, "numbers").tolist()))
+        if any(isinstance(images[i][1], np.ndarray) for i in left_out):
+            remove_folder(shards.path(k))
 
 
 def read_image(path: Path, size: int) -> np.ndarray:
@@ -273,10 +305,10 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-def _collated(items: list[tuple[int, np.ndarray | str]]) -> Loaded:
+def _collated(items: list[Item]) -> Loaded:
     read = [(k, found) for k, found in items if isinstance(found, np.ndarray)]
     images = torch.from_numpy(np.stack([pixels for _, pixels in read])) if read else torch.empty(0)
-    return [k for k, _ in read], images, {k: found for k, found in items if isinstance(found, str)}
+    return [k for k, _ in read], images, {k: found for k, found in items if not isinstance(found, np.ndarray)}
 
 
 # ---- encoding them -------------------------------------------------------------------------------------
@@ -288,7 +320,7 @@ class _Encoding:
     def __init__(
         self, config: EncodeConfig, listing: Listing, vae: VAE, shards: Shards, parts: list[range], process: Process
     ):
-        self.config, self.listing, self.vae = config, listing, vae
+        self.config, self.listing, self.vae, self.shards = config, listing, vae, shards
         todo = [parts[k] for k in own_parts(shards, parts, process)]
         batches = [rows[i : i + config.batch] for rows in todo for i in range(0, len(rows), config.batch)]
         loader = DataLoader(
@@ -300,18 +332,27 @@ class _Encoding:
         self.loaded: Iterator[Loaded] = iter(loader)
 
     def make(self, rows: range) -> tuple[Arrays, dict[str, Any]]:
-        """Moments, labels and numbers of the images `rows` that can be read, and a list of the others."""
+        """Moments, labels and numbers of the images `rows` that can be read, and a list of the others.
+
+        Raises:
+            OSError: the system did not let an image be read.
+            ValueError: from `moments`.
+        """
         shape = self.vae.latent_shape(self.config.size)
         entries = 2 if self.config.flips else 1
         moments = np.empty((len(rows), entries, 2 * shape[0], *shape[1:]), np.float16)
         numbers: list[int] = []
-        faults: dict[int, str] = {}
+        faults: dict[int, str | OSError] = {}
         for _ in range(0, len(rows), self.config.batch):
             read, images, reasons = next(self.loaded)
             if read:
                 moments[len(numbers) : len(numbers) + len(read)] = self.moments(read, images)
+            for reason in reasons.values():
+                if isinstance(reason, OSError):
+                    raise reason
             numbers += read
             faults |= reasons
+            self.shards.advance(len(read) + len(reasons))
         arrays: Arrays = {
             "moments": moments[: len(numbers)],
             "labels": np.array([self.listing.labels[k] for k in numbers], np.int64),
@@ -339,15 +380,14 @@ class _Encoding:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; what is wrong with options or files ends it with the message alone."""
-    config = parse(EncodeConfig, __doc__ or "", arguments)
-    try:
+    config = parse(EncodeConfig, __doc__ or "", arguments, prog="python -m imagenet.encode")
+    with refusing("imagenet.encode"):
         found = run(config)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"imagenet.encode: {error}") from error
     if int(os.environ.get("RANK", "0")) == 0:
         counts = found["counts"]
         print(f"{counts['encoded']} images of {len(found['classes'])} classes in {config.out}", end="")
-        print(f", {counts['skipped']} that could not be read" if counts["skipped"] else "")
+        again = f"listed in {config.out / 'latents.json'}: mend them and run again"
+        print(f", {counts['skipped']} that could not be read, {again}" if counts["skipped"] else "")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,20 @@
     python -m imagenet.evaluate values --posteriors runs/posteriors --reward brightness --scale 10
 
 `fid` is the squared Fréchet distance of samples to a reference: the FID, where the features are the Inception's. Either
-file is npz, with ADM's statistics mu and sigma or with uint8 images arr_0. --save-statistics keeps those of --samples.
+is an npz file, with ADM's statistics mu and sigma or with uint8 images arr_0, or a folder of images, which are cropped
+to --size. --save-statistics keeps the statistics of --samples.
 
 `recovery` is the same for every posterior that `imagenet.posterior` wrote, by time, method and evaluations of a network
 for one draw. `values` takes the value (E15) of each noised image from its draws, under a reward of decoded images, and
 correlates it over the images with the value by SDE rollouts. Both write JSON, a Markdown table and a picture.
+
+Each is one process. One that was killed starts again from its first folder; results of the same name are replaced.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +27,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imagenet.commands import check_device, device_name, numbers, refusing
 from imagenet.evaluate_report import NAMES, Entry, draw_curves, table
 from imagenet.features import (
     BATCH,
     INCEPTION,
+    SIZE,
     Statistics,
     as_tensor,
     count_images,
     distance,
     image_batches,
+    measure,
     remarks,
     save_statistics,
     statistics_of,
 )
 from imagenet.rewards import load_reward
-from imagenet.run import check_device, device_name, numbers, refusing
 from mfm_ref.checks import Reward, check_count, check_uncoupled, evaluate_reward
 from mfm_ref.estimators import log_mean_exp
 from mfm_ref.files import atomic_path, load_json, save_json
-from mfm_ref.options import add_options, option
+from mfm_ref.options import HelpFormatter, add_options, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,7 @@ class FeatureOptions:
 
     features: str = option(INCEPTION, "the extractor: torch-fidelity, a TorchScript file or module:function")
     batch: int = option(BATCH, "images in one call of the extractor")
+    size: int = option(SIZE, "pixels, a side, to which the images of a folder are cropped")
     device: str = option("cpu", "where torch computes: cpu, cuda, …")
 
 
@@ -57,10 +64,10 @@ class FeatureOptions:
 class FidOptions(FeatureOptions):
     """Options of `fid`."""
 
-    samples: str = option("", "npz file of the samples, or of their statistics")
-    reference: str = option("", "npz file of the reference; not needed with --save-statistics")
+    samples: str = option("", "npz file of the samples or of their statistics, or a folder of images")
+    reference: str = option("", "the same of the reference; not needed with --save-statistics")
     save_statistics: str = option("", "npz file to keep the statistics of the samples in, laid out as ADM's")
-    out: str = option("", "JSON file of the result; fid.json beside the samples where it is empty")
+    out: str = option("", "JSON file of the result, replaced if it is there; fid.json beside the samples where empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +75,13 @@ class RecoveryOptions(FeatureOptions):
     """Options of `recovery`."""
 
     posteriors: str = option("", "folder that imagenet.posterior wrote")
-    reference: str = option("", "npz file of the reference; the clean images in that folder where it is empty")
-    out: str = option("", "folder of the results; that of the posteriors where it is empty")
+    reference: str = option(
+        "", "npz file of images or statistics, or a folder of images; the clean images in that folder where it is empty"
+    )
+    out: str = option(
+        "",
+        "folder of recovery.json, .md and .png, replaced if there; that of the posteriors where it is empty",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +96,9 @@ class ValueOptions:
     draws: str = option("", "numbers of draws in a value, such as 1,16,200; all that there are where it is empty")
     batch: int = option(BATCH, "images in one call of the reward")
     device: str = option("cpu", "where torch computes: cpu, cuda, …")
-    out: str = option("", "folder of the results; that of the posteriors where it is empty")
+    out: str = option(
+        "", "folder of values-REWARD.json, .md and .png, replaced if there; that of the posteriors where it is empty"
+    )
 
 
 # ---- Fréchet distances -----------------------------------------------------------------------------------
@@ -112,14 +126,15 @@ def fid(config: FidOptions) -> str:
 def _distance_of(config: FidOptions, samples: Statistics, reference: Statistics) -> dict[str, Any]:
     """The result of `fid`, with the settings that imagenet.sample left beside the samples, if it did."""
     sampling = Path(config.samples).with_name("settings.json")
-    found = distance(samples, reference)
+    found, name = distance(samples, reference), measure(samples, reference)
     return {
-        "fid": found,
-        "line": f"FID {found:.6g} of {_words(samples)} to {_words(reference)}",
+        "distance": found,
+        "measure": name,
+        "line": f"{name}: {found:.6g} of {_words(samples)} to {_words(reference)}",
         "remarks": remarks(samples.source, samples) + remarks(reference.source, reference),
         "samples": _described(samples),
         "reference": _described(reference),
-        "sampling": load_json(sampling) if sampling.is_file() else None,
+        "sampling": load_json(sampling) if Path(config.samples).is_file() and sampling.is_file() else None,
         **_settings(config),
     }
 
@@ -131,16 +146,19 @@ def recovery(config: RecoveryOptions) -> str:
         ValueError: options that are missing, files that cannot be read, features that do not go together.
     """
     folder, record = read_posteriors(config.posteriors)
-    reference = _statistics(config, config.reference or str(folder / "clean" / "samples.npz"))
+    reference = _statistics(config, config.reference or str(images_in(folder / "clean")))
     entries = []
     for posterior in tqdm(record["posteriors"], desc="recovery", leave=False):
         samples = _statistics(config, str(draws_of(folder, record, posterior)))
-        entries.append(_key(posterior) | {"fid": distance(samples, reference)})
+        entries.append(_key(posterior) | {"distance": distance(samples, reference)})
+    name, others = measure(samples, reference), "the reference" if config.reference else "the clean ones"
     caption = (
-        f"FID of {record['draws']} posterior draws for each of {record['contexts']} noised images to "
-        f"{_words(reference)}, by evaluations of a network for one draw. Features: {samples.features}."
+        f"{name} of {record['draws']} posterior draws for each of {record['contexts']} noised images to "
+        f"{_words(reference)}, by evaluations of a network for one draw."
     )
     result = {
+        "title": f"Distance of recovered images to {others}",
+        "measure": name,
         "caption": caption,
         "remarks": remarks(reference.source, reference) + remarks("each posterior", samples),
         "results": entries,
@@ -150,7 +168,7 @@ def recovery(config: RecoveryOptions) -> str:
 
 
 def _statistics(config: FeatureOptions, path: str) -> Statistics:
-    return statistics_of(Path(path), config.features, batch=config.batch, device=config.device)
+    return statistics_of(Path(path), config.features, batch=config.batch, size=config.size, device=config.device)
 
 
 def _described(found: Statistics) -> dict[str, Any]:
@@ -165,7 +183,7 @@ def _words(found: Statistics) -> str:
 
 
 def values(config: ValueOptions) -> str:
-    """Pearson r of values with those by SDE rollouts: values.json, .md and .png; returns what is to be printed.
+    """Pearson r of values with those by SDE rollouts: values-REWARD.json, .md, .png; returns what is to be printed.
 
     The value of a noised image is E15 of scale · reward over its draws. The reference at each time is the SDE rollout
     of the most evaluations, with all of its draws; all other posteriors are set against it.
@@ -199,8 +217,14 @@ def values(config: ValueOptions) -> str:
         "posterior's mean, has no noise."
     )
     notes = [f"{entry['why']} (t = {entry['t']:g}, {NAMES[entry['method']]})" for entry in entries if entry["why"]]
-    result = {"caption": caption, "remarks": list(dict.fromkeys(notes)), "results": entries}
-    return _write(config, folder, record, "values", result)
+    result = {
+        "title": f"Values under {config.reward}, set against those by long SDE rollouts",
+        "measure": "Pearson r of V̂",
+        "caption": caption,
+        "remarks": list(dict.fromkeys(notes)),
+        "results": entries,
+    }
+    return _write(config, folder, record, f"values-{config.reward.replace(':', '.')}", result)
 
 
 @torch.no_grad()
@@ -308,12 +332,18 @@ def draws_of(folder: Path, record: Entry, posterior: Entry) -> Path:
     Raises:
         ValueError: a file that is missing, damaged or of another length.
     """
-    path: Path = folder / posterior["folder"] / "samples.npz"
-    if not path.is_file() and path.with_name("latents.npz").is_file():
-        raise ValueError(f"{path} is missing, there are only latents: give imagenet.posterior a --vae")
+    path = images_in(folder / posterior["folder"])
     n = count_images(path)
     if n != record["contexts"] * record["draws"]:
         raise ValueError(f"{path} must have {record['contexts']} · {record['draws']} images, got {n}")
+    return path
+
+
+def images_in(folder: Path) -> Path:
+    """The file of the images in a folder of samples. Raises ValueError where there are latents alone."""
+    path = folder / "samples.npz"
+    if not path.is_file() and path.with_name("latents.npz").is_file():
+        raise ValueError(f"{path} is missing, there are only latents: give imagenet.posterior a --vae")
     return path
 
 
@@ -326,8 +356,9 @@ def _write(config: RecoveryOptions | ValueOptions, folder: Path, record: Entry, 
     out = Path(config.out or folder)
     drawn = {key: value for key, value in record.items() if key not in ("posteriors", "rows", "labels")}
     save_json(result | _settings(config) | {"posteriors": drawn}, out / f"{name}.json")
-    draw_curves(result["results"], out / f"{name}.png")
-    text = "\n\n".join([table(result["results"]), result["caption"], *(f"Note: {note}." for note in result["remarks"])])
+    draw_curves(result["results"], result["measure"], result["title"], out / f"{name}.png")
+    notes = [f"Note: {note}." for note in result["remarks"]]
+    text = "\n\n".join([table(result["results"], result["measure"]), result["caption"], *notes])
     with atomic_path(out / f"{name}.md") as temporary:
         temporary.write_text(text + "\n")
     return text
@@ -341,25 +372,35 @@ def _settings(config: FidOptions | RecoveryOptions | ValueOptions) -> dict[str, 
 
 # ---- the command line ------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], str], str]] = {
-    "fid": (FidOptions, fid, "Fréchet distance of samples to a reference"),
-    "recovery": (RecoveryOptions, recovery, "the same for posteriors, against evaluations of a network"),
-    "values": (ValueOptions, values, "correlation of values with those by SDE rollouts"),
-}
+# Of each: its options, what it does, that in a line, and the options without which it does nothing.
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], str], str, str]] = {
+    "fid": (
+        FidOptions, fid, "Fréchet distance of samples to a reference",
+        "--samples, and --reference or --save-statistics",
+    ),
+    "recovery": (
+        RecoveryOptions, recovery, "Fréchet distances of posteriors to a reference, against evaluations of a network",
+        "--posteriors",
+    ),
+    "values": (ValueOptions, values, "correlation of values with those by SDE rollouts", "--posteriors"),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, evaluate, print a table or a line."""
     parser = argparse.ArgumentParser(
-        prog="python -m imagenet.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m imagenet.evaluate", description=__doc__, formatter_class=HelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (config, _, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, (config, _, text, needed) in COMMANDS.items():
+        description = f"{text}\n\nneeded: {needed}"
+        command = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
         add_options(command, config)
     given = vars(parser.parse_args(arguments))
-    config, evaluate, _ = COMMANDS[given.pop("command")]
+    config, evaluate, *_ = COMMANDS[given.pop("command")]
     with refusing("imagenet.evaluate"):
+        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ValueError(f"an evaluation must be one process, without torchrun, got {world} processes")
         check_device(given["device"])
         print(evaluate(config(**given)))
 

@@ -1,13 +1,13 @@
 """Feature vectors of images, and the Gaussian that fits them: what a Fréchet distance is made of.
 
-Images are uint8 `(n, H, W, 3)` in the member arr_0 of an npz file, as ADM's evaluation writes them. They are read a
-batch at a time, whatever the size of the file. A file that has the members mu and sigma is statistics already, and its
-images, if it has any, are not read.
+Images are uint8 `(n, H, W, 3)` in the member arr_0 of an npz file, as ADM's evaluation writes them, or files in a
+folder and the folders below it, of which ADM's centre crop is taken. They are read a batch at a time, whatever their
+number. A file that has the members mu and sigma is statistics already, and its images, if it has any, are not read.
 """
 
 import functools
-import hashlib
 import importlib
+import os
 import warnings
 import zipfile
 import zlib
@@ -15,19 +15,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imagenet.encode import SUFFIXES, read_image
+from imagenet.npz import open_rows
+from imagenet.shards import sha256_of
 from mfm_ref.checks import check_count, check_finite
 from mfm_ref.files import atomic_path
 from mfm_ref.metrics import FeatureStatistics, frechet_gaussian
 
 INCEPTION = "torch-fidelity"  # the name of its Inception, of 2048 features
+SCRIPT = "TorchScript, SHA-256 "  # how names of such files begin
 BATCH = 128  # images in one call of an extractor
+SIZE = 256  # pixels of an image from a folder, a side
+ACCEPTED = "a readable npz file with uint8 images arr_0 or statistics mu and sigma, or a folder of images"
 
 # ---- extractors ------------------------------------------------------------------------------------------
 
@@ -70,7 +76,7 @@ def load_features(spec: str, device: str = "cpu") -> Features:
     if spec == INCEPTION:
         return Features(f"{INCEPTION}, 2048 features", _fidelity(device))
     if Path(spec).is_file():
-        return Features(f"TorchScript, SHA-256 {_sha256(Path(spec))}", _torchscript(Path(spec), device))
+        return Features(f"{SCRIPT}{sha256_of(Path(spec))}", _torchscript(Path(spec), device))
     if ":" not in spec:
         raise ValueError(f'features must be "{INCEPTION}", a TorchScript file or module:function, got {spec!r}')
     return Features(spec, load_callable(spec))
@@ -126,32 +132,40 @@ def _torchscript(path: Path, device: str) -> Callable[[Tensor], Tensor]:
     return module
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- images ----------------------------------------------------------------------------------------------
 
 
 def count_images(path: Path) -> int:
-    """How many images a file has. Raises ValueError as `image_batches` does."""
-    with _images_of(path) as file:
-        return _read_shape(file)[0]
+    """How many images a file or a folder has. Raises ValueError as `image_batches` does."""
+    if path.is_dir():
+        return len(_files_in(path))
+    with _images_of(path) as (_, shape):
+        return shape[0]
 
 
-def image_batches(path: Path, size: int = BATCH) -> Iterator[np.ndarray]:
-    """The images of a file in order, uint8 `(<= size, H, W, 3)`, one batch in memory.
+def image_batches(path: Path, batch: int = BATCH, *, size: int = SIZE) -> Iterator[np.ndarray]:
+    """The images of a file or a folder in order, uint8 `(<= batch, H, W, 3)`, one batch in memory.
+
+    Args:
+        path: an npz file; or a folder, whose images are cropped.
+        batch: images in a batch.
+        size: pixels of a cropped image, a side.
 
     Raises:
-        ValueError: a file that is missing, damaged or no npz, or whose arr_0 is not uint8 `(n, H, W, 3)`, n >= 1.
+        ValueError: a file that is missing, damaged or no npz, or whose arr_0 is not uint8 `(n, H, W, 3)`, n >= 1; a
+            folder without images, or with one that cannot be read.
     """
-    check_count(size, "the batch")
-    with _images_of(path) as file:
-        n, *shape = _read_shape(file)
-        for start in range(0, n, size):
-            images = np.empty((min(size, n - start), *shape), np.uint8)
-            if file.readinto(images.reshape(-1).data) != images.size:
+    check_count(batch, "the batch")
+    check_count(size, "the size")
+    if path.is_dir():
+        files = _files_in(path)
+        for start in range(0, len(files), batch):
+            yield np.stack([_cropped(file, size) for file in files[start : start + batch]])
+        return
+    with _images_of(path) as (file, (n, *shape)):
+        for start in range(0, n, batch):
+            images = np.empty((min(batch, n - start), *shape), np.uint8)
+            if file.readinto(images.reshape(-1).data) != images.size:  # type: ignore[attr-defined]
                 raise EOFError(f"arr_0 ends before its {n} images do")
             yield images
 
@@ -161,6 +175,28 @@ def as_tensor(images: np.ndarray, device: str = "cpu") -> Tensor:
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous()
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """The images in a folder and in those below it, by name. Raises ValueError for none, or beside a samples.npz."""
+    if (folder / "samples.npz").exists():
+        raise ValueError(f"{folder} must be {ACCEPTED}: give the samples.npz in it")
+    found = []
+    for below, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(below, name) for name in names if not name.startswith(".")]
+    found = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise ValueError(f"{folder} must be {ACCEPTED}: this folder has no images")
+    return found
+
+
+def _cropped(path: Path, size: int) -> np.ndarray:
+    """An image, cropped as `read_image` does it. Raises ValueError if it cannot be read: none is left out."""
+    try:
+        return read_image(path, size)
+    except Exception as error:  # Pillow's readers raise what they like
+        raise ValueError(f"{path} must be an image that can be read: {error}") from error
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Whatever is wrong with a file of images is a ValueError with its path."""
@@ -168,27 +204,16 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         what = error.args[0] if isinstance(error, KeyError) else error  # str(KeyError) has quotes around it
-        raise ValueError(f"{path} must be a readable npz file of images or statistics: {what}") from error
+        raise ValueError(f"{path} must be {ACCEPTED}: {what}") from error
 
 
 @contextmanager
-def _images_of(path: Path) -> Iterator[Any]:
-    """arr_0 of a file, to read from."""
-    with _reading(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        yield file
-
-
-def _read_shape(file: Any) -> tuple[int, ...]:
-    """The shape `(n, H, W, 3)` from the head of an npy file, which is then at its numbers."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"arr_0 must be of version 1 or 2 of NumPy's format, got {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
-        order = " in Fortran's order" if fortran else ""
-        raise ValueError(f"arr_0 must be uint8 (n, H, W, 3) with n >= 1, got {dtype} {shape}{order}")
-    return shape
+def _images_of(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """arr_0 of a file, to read from, and its shape `(n, H, W, 3)`."""
+    with _reading(path), open_rows(path) as (file, shape, dtype):
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise ValueError(f"arr_0 must be uint8 (n, H, W, 3) with n >= 1, got {dtype} {shape}")
+        yield file, shape
 
 
 # ---- statistics ------------------------------------------------------------------------------------------
@@ -222,26 +247,29 @@ def remarks(what: str, found: Statistics) -> list[str]:
     ]
 
 
-def statistics_of(path: Path, features: str = INCEPTION, *, batch: int = BATCH, device: str = "cpu") -> Statistics:
-    """The statistics in a file, or those of its images.
+def statistics_of(
+    path: Path, features: str = INCEPTION, *, batch: int = BATCH, size: int = SIZE, device: str = "cpu"
+) -> Statistics:
+    """The statistics in a file, or those of images.
 
     Args:
-        path: an npz file with mu and sigma, or with images.
+        path: an npz file with mu and sigma, or with images; or a folder of images.
         features: an extractor as `load_features` takes it; it is loaded only for images.
         batch: images in one call of the extractor.
+        size: pixels, a side, to which images of a folder are cropped.
         device: where the extractor computes.
 
     Raises:
         ValueError: from `read_statistics`, `image_batches` or `load_features`; fewer than two images.
     """
-    found = read_statistics(path)
+    found = None if path.is_dir() else read_statistics(path)
     if found is not None:
         return found
     n = count_images(path)
     if n < 2:
         raise ValueError(f"{path} must have at least two images, got {n}")
     extract = load_features(features, device)
-    batches, name = image_batches(path, batch), f"{path.parent.name}/{path.name}"
+    batches, name = image_batches(path, batch, size=size), f"{path.parent.name}/{path.name}"
     fit = fit_features(tqdm(batches, desc=name, total=-(-n // batch), unit="batch", leave=False), extract, device)
     return Statistics(fit.mean, fit.cov, n, extract.name, str(path))
 
@@ -291,8 +319,16 @@ def save_statistics(found: Statistics, path: Path) -> None:
         np.savez(file, **members)
 
 
+def measure(*sets: Statistics) -> str:
+    """What `distance` is called, with its features: FID for those of the Inception or, so its user says, of a file."""
+    name = next((one.features for one in sets if one.features is not None), "features unknown")
+    if name.startswith(SCRIPT):
+        return f"FID ({name[: len(SCRIPT) + 8]})"
+    return f"FID ({name})" if name.startswith(INCEPTION) else f"Fréchet distance ({name})"
+
+
 def distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet distance of two Gaussians, for the Inception's features the FID.
+    """The squared Fréchet distance of two Gaussians; `measure` says what it is called.
 
     Raises:
         ValueError: features of different number or of different extractors; from `frechet_gaussian`.

@@ -1,5 +1,7 @@
 """The latents that `imagenet.encode` wrote, drawn from their moments in batches whose order can be resumed."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,11 @@ class Latents:
     Attributes:
         n: number of images; n_classes: of classes; shape: (C, h, w) of a latent; labels: `(n,)`.
         scale: of the latents; flips: whether the mirror images are there; record: what latents.json holds.
+        sha256: tells these latents from others, wherever they lie.
 
     Raises:
         ValueError: the folder is unfinished, damaged, or of another format; the VAE is another than the one that
-            encoded.
+            encoded, or has another scale.
     """
 
     def __init__(self, folder: Path | str, vae: dict[str, Any] | None = None):
@@ -43,20 +46,21 @@ class Latents:
         if self.record.get("format") != FORMAT:
             raise ValueError(f"{path} must have the format {FORMAT!r}, got {self.record.get('format')!r}")
         try:
-            there = {name: str(self.record["vae"][name]) for name in ("id", "sha256")}
-            self.scale, self.flips = float(self.record["scale"]), bool(self.record["flips"])
+            name, weights, self.scale = (self.record["vae"][key] for key in ("id", "sha256", "scale"))
+            self.flips = bool(self.record["flips"])
             self.shape: tuple[int, ...] = tuple(self.record["shape"])
             self.classes: list[str] = self.record["classes"]
             self.n, self.n_classes = int(self.record["counts"]["encoded"]), len(self.classes)
-            parts = range(len(self.record["shards"]))
+            files = [shard["sha256"] for shard in self.record["shards"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} must say what the latents are: {type(error).__name__}: {error}") from error
-        if vae is not None and vae["sha256"] != there["sha256"]:
+        if vae is not None and (vae["sha256"], vae["scale"]) != (weights, self.scale):
             raise ValueError(
-                f"{self.folder} holds latents of the VAE {there['id']} (sha256 {there['sha256']}), which must decode "
-                f"them; got {vae['id']} ({vae['sha256']})"
+                f"{self.folder} holds latents of the VAE {name} (sha256 {weights}, scale {self.scale}), which must "
+                f"decode them; got {vae['id']} (sha256 {vae['sha256']}, scale {vae['scale']})"
             )
-        self._shards = Shards(self.folder)
+        self.sha256 = hashlib.sha256(json.dumps([self.scale, files], sort_keys=True).encode()).hexdigest()
+        self._shards, parts = Shards(self.folder), range(len(files))
         self._moments = [self._shards.read(k, "moments") for k in parts]  # each (n_k, 1 or 2, 2C, h, w)
         self._starts = np.cumsum([0, *map(len, self._moments)])
         labels = np.concatenate([self._shards.read(k, "labels") for k in parts])
@@ -138,11 +142,16 @@ class LatentBatches:
         return self.latents.scale * (mean + std * noise), self.latents.labels[rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
-        return self._rows.state_dict()
+        """The position, and the checksum of the latents."""
+        return {**self._rows.state_dict(), "latents": self.latents.sha256}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a position. Raises ValueError for that of other data: number of images, batch, seed or world differ."""
+        """Go to a position. Raises ValueError for that of other data: latents, batch, seed or world differ."""
+        if state_dict.get("latents") != self.latents.sha256:
+            raise ValueError(
+                f"the position must be one in the latents of {self.latents.folder} (sha256 {self.latents.sha256}), "
+                f"got one in others ({state_dict.get('latents')})"
+            )
         self._rows.load_state_dict(state_dict)
 
     def _generator(self, step: int, use: int) -> torch.Generator:

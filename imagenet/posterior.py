@@ -15,12 +15,14 @@ noise, which say how far a rollout agrees with itself. Every random number belon
                                   {"t", "method": "mfm" | "glass" | "sde" | "again", "steps", "evaluations", "folder"};
                                   evaluations are forward passes of a network for one draw
 
+Picture and list have the folders of runs before, too, whose times, methods and steps were others and all else the same.
 Without --vae, latents.npz with float32 latents, as the network has them, stand in the place of every samples.npz.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imagenet.commands import check_device, numbers, refusing
 from imagenet.latents import Latents
+from imagenet.npz import open_rows
 from imagenet.run import (
     AGAIN,
     CONTEXTS,
@@ -37,28 +41,26 @@ from imagenet.run import (
     Job,
     ModelOptions,
     Passes,
-    check_device,
+    check_channels,
+    clear,
     decoded,
     describe,
-    first_of,
     generator_of,
     guided,
+    has_rows,
     name_of,
-    numbers,
     open_network,
     open_vae,
     reads_context,
-    refusing,
     run_job,
 )
-from imagenet.shards import sha256_of
 from imagenet.sit import KINDS
 from imagenet.vae import VAE
 from mfm_ref import FlowMap, MetaFlowMap, glass_rollout, interpolate, sample_posterior, sde_rollout
 from mfm_ref.checks import check_count
 from mfm_ref.distributed import Process, processes
 from mfm_ref.figures import new_figure, save_figure
-from mfm_ref.files import save_json
+from mfm_ref.files import load_json, save_json
 from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.options import option, parse
 
@@ -66,31 +68,39 @@ STREAMS = {"mfm": DRAWS, "glass": DRAWS, "sde": ROLLOUTS, "again": AGAIN}  # mfm
 METHODS = tuple(STREAMS)
 # Options on which no folder depends, or only some: those say so by what they add.
 OF_RUN = (
-    "latents", "times", "methods", "evaluations", "glass_evaluations", "sde_steps", "teacher", "teacher_kind",
+    "latents", "times", "methods", "map_steps", "glass_steps", "sde_steps", "teacher", "teacher_kind",
     "teacher_guidance", "pictured",
 )  # fmt: skip
-TICK = 10**6  # a time, as a whole number, is a part of seeds
-NAMES = {"mfm": "map", "glass": "GLASS", "sde": "SDE", "again": "SDE again"}
+DECIMALS = 6  # of a time, which is in the name of its folder and, as a whole number, in its seeds
+NAMES = {"mfm": "MFM", "glass": "GLASS", "sde": "SDE", "again": "SDE again"}
 SHOWN = 2  # draws of a method in a picture, at most
-INCHES = 1.2  # of an image in a picture, a side
+WIDEST = 10  # images beside each other in a picture, at most
+GAP = 2  # white pixels between them
+INCHES = 2.0  # of an image in a picture, a side
 
 
 @dataclasses.dataclass(frozen=True)
 class PosteriorOptions(ModelOptions):
     """Options of the script."""
 
-    latents: Path = option(Path("latents"), "folder that imagenet.encode wrote")
+    out: Path = option(Path("runs/posteriors"), "folder of the results")
+    latents: Path = option(Path("data/latents"), "folder that imagenet.encode wrote")
     contexts: int = option(8, "images that are noised, spread evenly over the folder")
     draws: int = option(4, "draws in each context by each method")
-    times: str = option("0,0.1,0.2,0.5", "to which images are noised, in [0, 1)")
+    times: str = option("0,0.1,0.2,0.5", "to which images are noised, in [0, 1); values in the paper: 0.1,0.2,0.3,0.5")
     methods: str = option("mfm,glass,sde", "of mfm, glass, sde and again")
-    evaluations: str = option("1,2,4", "steps of a draw by the map")
-    glass_evaluations: str = option("1,2,4,8,16", "steps of a draw by GLASS rollouts")
+    map_steps: str = option("1,2,4", "numbers of steps of a draw by the map")
+    glass_steps: str = option("1,2,4,8,16", "numbers of steps of a draw by GLASS rollouts")
     sde_steps: int = option(200, "steps of a draw by SDE rollouts")
     teacher: str = option("", "weights whose drift the rollouts have; empty: those of --weights, with its guidance")
-    teacher_kind: str = option("", "kind of --teacher, as --kind", choices=("", *KINDS))
+    teacher_kind: str = option(
+        "",
+        "kind of --teacher, as --kind; --num-heads and --encoder-depth are those of both, so that a file of others has "
+        "to be converted to a folder first (imagenet.checkpoints)",
+        choices=("", *KINDS),
+    )
     teacher_guidance: float = option(1.0, "guidance of --teacher, as --guidance")
-    pictured: int = option(4, "contexts in each picture, with a VAE")
+    pictured: int = option(4, "contexts in each picture, spread evenly over them, with a VAE")
 
 
 class Posterior(NamedTuple):
@@ -155,7 +165,7 @@ def draw(run: Run, what: Posterior, rows: range) -> Tensor:
     of_pair = [contexts.index(c) for c, _ in pairs]
     x = clean.noised(what.t, contexts)[of_pair].to(X.device, X.dtype)
     y = clean.labels[[c for c, _ in pairs]].to(X.device)
-    tick, stream = round(what.t * TICK), STREAMS[what.method]
+    tick, stream = round(what.t * 10**DECIMALS), STREAMS[what.method]
     sources = [generator_of(config.seed, clean.rows[c], d, tick, stream) for c, d in pairs]
     if what.method == "mfm":
         return sample_posterior(X, what.t, x, 1, what.steps, y=y, generator=sources)[0]
@@ -167,15 +177,19 @@ def draw(run: Run, what: Posterior, rows: range) -> Tensor:
     return rollout(drift, what.t, x, 1, what.steps, y=y, generator=sources)[0]
 
 
-def run_posterior(run: Run, what: Posterior) -> dict[str, Any] | None:
-    """One folder; its entry in posterior.json, None but in rank 0."""
-    settings = {**run.settings, "t": what.t, "method": what.method, "steps": what.steps}
-    if what.method != "mfm":
-        settings |= run.of_teacher
+def settings_of(run: Run, what: Posterior) -> dict[str, Any]:
+    """All that the draws in a folder depend on."""
+    return run.settings | what._asdict() | ({} if what.method == "mfm" else run.of_teacher)
+
+
+def run_posterior(run: Run, what: Posterior) -> None:
+    """One folder."""
     labels = run.clean.labels.repeat_interleave(run.config.draws)
-    job = Job(settings, run.facts, labels, lambda rows: draw(run, what, rows), run.passes, run.vae, run.config.batch)
-    record = run_job(job, run.config.out / what.folder, run.process, what.folder)
-    return record and {**what._asdict(), "evaluations": record["evaluations_per_sample"], "folder": what.folder}
+    job = Job(
+        settings_of(run, what), run.facts, labels, lambda rows: draw(run, what, rows),
+        run.passes, run.vae, run.config.batch,
+    )  # fmt: skip
+    run_job(job, run.config.out / what.folder, run.process, what.folder)
 
 
 def run_clean(run: Run) -> None:
@@ -188,32 +202,90 @@ def run_clean(run: Run) -> None:
     run_job(job, run.config.out / "clean", run.process, "clean")
 
 
+def entries_of(run: Run) -> list[dict[str, Any]]:
+    """The finished folders, of this run and of those before it that agree with it, as posterior.json lists them."""
+    config, found = run.config, {}
+    for path in config.out.glob("t*/*/settings.json"):
+        record = load_json(path)
+        settings = record.get("settings")
+        if isinstance(settings, dict) and settings.get("method") in METHODS:
+            what = Posterior(settings["t"], settings["method"], settings["steps"])
+            whole = has_rows(path.with_name(name_of(run.vae)), config.contexts * config.draws)
+            if whole and settings == settings_of(run, what):
+                found[what] = record["evaluations_per_sample"]
+    order = sorted(found, key=lambda what: (what.t, METHODS.index(what.method), what.steps))
+    return [{**what._asdict(), "evaluations": found[what], "folder": what.folder} for what in order]
+
+
 # ---- pictures --------------------------------------------------------------------------------------------
 
 
-def draw_picture(run: Run, vae: VAE, t: float, folders: list[Posterior]) -> None:
-    """For each context a row: clean, noised, then draws by each method."""
-    config = run.config
-    n, shown = min(config.pictured, config.contexts), min(config.draws, SHOWN)
-    groups = {"clean": first_of(config.out / "clean" / name_of(vae), n)[:, None]}
-    groups["noised"] = decoded(vae, run.clean.noised(t, list(range(n))).to(vae.device))[:, None]
-    for what in folders:
-        draws = first_of(config.out / what.folder / name_of(vae), n * config.draws)
-        draws = draws.reshape(n, config.draws, *draws.shape[1:])
-        groups[f"{NAMES[what.method]}, {what.steps}"] = draws[:, :shown]
-    widths = [images.shape[1] for images in groups.values()]
-    side = INCHES * sum(widths) / len(groups)
-    figure, axes = new_figure(1, len(groups), size=(side, INCHES * n + 0.5), gridspec_kw={"width_ratios": widths})
-    for ax, (title, images) in zip(axes[0], groups.items(), strict=True):
-        ax.imshow(mosaic(images))
-        ax.set_title(title)
-        ax.set_axis_off()
-    figure.suptitle(f"t = {t:g}: clean images x₁, noised ones x_t, and draws of p(x₁ | x_t, y) by method and steps")
-    save_figure(figure, config.out / f"t{t:g}.png")
+def draw_picture(run: Run, vae: VAE, t: float) -> None:
+    """For each of some contexts a row: clean, noised, then draws by each method; in lines below each other."""
+    contexts = pictured(run.config)
+    names = [run.clean.latents.classes[run.clean.labels[c]] for c in contexts]
+    lines = lines_of(panels_of(run, vae, t))
+    pages = [page_of(list(line.values())) for line in lines]
+    high, wide = len(pages[0]), max(page.shape[1] for page in pages)
+    inch = high / len(contexts) / INCHES  # in pixels
+    figure, axes = new_figure(len(lines), 1, size=(wide / inch + 0.5, high / inch + 0.5))
+    for ax, line, page in zip(axes[:, 0], lines, pages, strict=True):
+        ax.imshow(np.pad(page, ((0, 0), (0, wide - page.shape[1]), (0, 0)), constant_values=255))
+        edges = np.cumsum([0, *(page_of([images]).shape[1] for images in line.values())])
+        ax.set_xticks((edges[1:] + edges[:-1]) / 2, line, fontsize=9)
+        ax.set_yticks((np.arange(len(names)) + 0.5) * high / len(names), names, fontsize=9, rotation=90, va="center")
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+        ax.spines[:].set_visible(False)
+    figure.suptitle(f"t = {t:g}: clean images x₁, noised ones x_t, and draws of p(x₁ | x_t, y)", fontsize=10)
+    save_figure(figure, run.config.out / f"t{t:g}.png")
 
 
-def mosaic(images: np.ndarray) -> np.ndarray:
-    """Images `(rows, columns, H, W, 3)` as one, `(rows · H, columns · W, 3)`."""
+def pictured(config: PosteriorOptions) -> list[int]:
+    """The contexts in pictures, spread evenly over all."""
+    n = min(config.pictured, config.contexts)
+    return [k * config.contexts // n for k in range(n)]
+
+
+def panels_of(run: Run, vae: VAE, t: float) -> dict[str, np.ndarray]:
+    """What a picture shows, uint8 `(contexts, columns, H, W, 3)` by what stands above it."""
+    config, contexts = run.config, pictured(run.config)
+    panels = {"clean": rows_of(config.out / "clean" / name_of(vae), contexts)[:, None]}
+    panels["noised"] = decoded(vae, run.clean.noised(t, contexts).to(vae.device))[:, None]
+    shown = range(min(config.draws, SHOWN))
+    for entry in (entry for entry in entries_of(run) if entry["t"] == t):
+        draws = rows_of(
+            config.out / entry["folder"] / name_of(vae), [c * config.draws + d for c in contexts for d in shown]
+        )
+        title = f"{NAMES[entry['method']]}, {entry['steps']} step{'s' * (entry['steps'] > 1)}"
+        panels[title] = draws.reshape(len(contexts), len(shown), *draws.shape[1:])
+    return panels
+
+
+def rows_of(path: Path, rows: Sequence[int]) -> np.ndarray:
+    """Some rows of a file of samples, `(len, …)`, in rising order, without reading the others into memory."""
+    found = []
+    with open_rows(path) as (file, shape, dtype):
+        start, size = file.tell(), math.prod(shape[1:]) * dtype.itemsize
+        for i in rows:
+            file.seek(start + i * size)
+            found.append(np.frombuffer(file.read(size), dtype).reshape(shape[1:]))
+    return np.stack(found)
+
+
+def lines_of(panels: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Panels in lines of at most WIDEST images."""
+    lines: list[dict[str, np.ndarray]] = [{}]
+    for title, images in panels.items():
+        if sum(panel.shape[1] for panel in lines[-1].values()) + images.shape[1] > WIDEST:
+            lines.append({})
+        lines[-1][title] = images
+    return lines
+
+
+def page_of(panels: list[np.ndarray]) -> np.ndarray:
+    """Panels `(rows, columns, H, W, 3)` beside each other, as one image, with white gaps."""
+    images = np.concatenate(panels, 1)
+    images = np.pad(images, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
     rows, columns, height, width, channels = images.shape
     return images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
@@ -226,24 +298,31 @@ def posteriors_of(config: PosteriorOptions) -> list[Posterior]:
     times, methods = numbers(config.times, "times", float), config.methods.split(",")
     if not all(0 <= t < 1 for t in times):
         raise ValueError(f"--times must lie in [0, 1), got {config.times}")
+    if not all(t == round(t, DECIMALS) for t in times):
+        raise ValueError(f"--times must have at most {DECIMALS} decimals, got {config.times}")
     if not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
         raise ValueError(f"--methods must be some of {', '.join(METHODS)}, separated by commas, got {config.methods!r}")
     steps = {
-        "mfm": numbers(config.evaluations, "evaluations", int),
-        "glass": numbers(config.glass_evaluations, "glass-evaluations", int),
+        "mfm": numbers(config.map_steps, "map-steps", int),
+        "glass": numbers(config.glass_steps, "glass-steps", int),
         "sde": [config.sde_steps],
-        "again": [config.sde_steps],
     }
-    for k in (k for method in methods for k in steps[method]):
-        check_count(k, "every number of steps")
+    for name, option_of in (("mfm", "--map-steps"), ("glass", "--glass-steps"), ("sde", "--sde-steps")):
+        check_count(min(steps[name]), option_of)
+    steps["again"] = steps["sde"]
     return [Posterior(t, method, k) for t in times for method in methods for k in steps[method]]
 
 
-def check_counts(config: PosteriorOptions) -> None:
-    """Raise ValueError for numbers out of range."""
+def check_options(config: PosteriorOptions) -> None:
+    """Raise ValueError for numbers out of range, and for options of a teacher without one."""
     for name in ("contexts", "draws", "batch", "pictured"):
         check_count(getattr(config, name), f"--{name}")
     check_count(config.seed, "--seed", 0)
+    for name in ("teacher_kind", "teacher_guidance"):
+        if not config.teacher and getattr(config, name) != getattr(PosteriorOptions, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} needs a --teacher: without one, it is the network of --weights"
+            )
 
 
 def open_run(config: PosteriorOptions, process: Process) -> Run:
@@ -258,20 +337,22 @@ def open_run(config: PosteriorOptions, process: Process) -> Run:
         its = teacher_options(config)
         teacher = open_network(its)
         rollouts = guided(teacher, its)
-        of_teacher = describe(its, teacher, rollouts, None)[1]
+        compared, told = describe(its, teacher, rollouts, None)
+        of_teacher = {"weights": compared["weights"], "network": compared["network"], "guidance": told["guidance"]}
         if (teacher.shape, teacher.null_class) != (network.shape, network.null_class):
             raise ValueError(
                 f"--teacher must have the states and classes of --weights, {network.shape} and {network.null_class}, "
                 f"got {teacher.shape} and {teacher.null_class}"
             )
+    check_channels(config, X, rollouts)
     clean = open_clean(config, network, vae)
     settings = {name: value for name, value in settings.items() if name not in OF_RUN}
-    settings["latents"] = sha256_of(config.latents / "latents.json")
+    settings["latents"] = clean.latents.sha256
     return Run(
         config, process, X, rollouts, Passes(network, teacher), vae, clean,
         settings=settings,
-        of_teacher={"teacher": of_teacher and [of_teacher["weights"]["sha256"], of_teacher["guidance"]]},
-        facts=facts | {"teacher": of_teacher},
+        of_teacher={"teacher": of_teacher},
+        facts=facts | {"teacher": of_teacher and of_teacher | {"from": config.teacher}},
     )  # fmt: skip
 
 
@@ -301,34 +382,44 @@ def open_clean(config: PosteriorOptions, X: FlowMap, vae: VAE | None) -> Clean:
 
 def run(config: PosteriorOptions, process: Process) -> None:
     """Every folder that is not finished, the pictures, and posterior.json."""
-    check_counts(config)
+    check_options(config)
     began, folders = time.perf_counter(), posteriors_of(config)
     all_of = open_run(config, process)
     run_clean(all_of)
-    entries: list[dict[str, Any]] = []
     for t in dict.fromkeys(what.t for what in folders):
-        found = [run_posterior(all_of, what) for what in folders if what.t == t]
-        entries += [entry for entry in found if entry is not None]
+        for what in folders:
+            if what.t == t:
+                run_posterior(all_of, what)
         if process.rank == 0 and all_of.vae is not None:
-            draw_picture(all_of, all_of.vae, t, [what for what in folders if what.t == t])
+            draw_picture(all_of, all_of.vae, t)
     if process.rank == 0:
-        save_json(summary(all_of, entries), config.out / "posterior.json")
+        clear(config.out, "posterior.json", "t*.png")
+        save_json(summary(all_of), config.out / "posterior.json")
         minutes = (time.perf_counter() - began) / 60
         print(
-            f"{config.out / 'posterior.json'}: {len(entries)} folders with {name_of(all_of.vae)}, {minutes:.1f} minutes"
+            f"{config.out / 'posterior.json'}: {len(folders)} folders with {name_of(all_of.vae)}, {minutes:.1f} minutes"
         )
 
 
-def summary(run: Run, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(run: Run) -> dict[str, Any]:
     """What posterior.json says."""
     config, clean = run.config, run.clean
-    numbers = {"contexts": config.contexts, "draws": config.draws, "rows": clean.rows, "labels": clean.labels.tolist()}
-    return {"settings": run.settings, **numbers, "clean": "clean", "posteriors": entries, **run.facts}
+    return {
+        "settings": run.settings,
+        "contexts": config.contexts,
+        "draws": config.draws,
+        "order": "draw d in context c is row c * draws + d",
+        "rows": clean.rows,
+        "labels": clean.labels.tolist(),
+        "clean": "clean",
+        "posteriors": entries_of(run),
+        **run.facts,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = parse(PosteriorOptions, __doc__ or "", arguments)
+    config = parse(PosteriorOptions, __doc__ or "", arguments, prog="python -m imagenet.posterior")
     with refusing("imagenet.posterior"):
         check_device(config.device)
         with processes(config.device) as process:

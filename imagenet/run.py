@@ -7,35 +7,37 @@ A folder of samples holds, once it is finished,
     grid.png         the first images
     settings.json    all settings, the network, its weights, the VAE, and the evaluations that a sample took
 
-and until then shards/, batch by batch, from which a run that was killed goes on. Every random number belongs to the
+and until then .parts/, batch by batch, from which a run that was killed goes on. Every random number belongs to the
 number of one sample, so that the samples depend neither on the processes that shared the work nor on the device, but
 for rounding.
 """
 
 import dataclasses
 import math
+import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imagenet.checkpoints import load, locate
-from imagenet.shards import Arrays, Shards, parts_of, sha256_of, work
+from imagenet.checkpoints import load
+from imagenet.commands import check_device, device_name
+from imagenet.npz import first_rows, open_rows, write_npz
+from imagenet.shards import Arrays, Shards, differences, parts_of, work
 from imagenet.sit import KINDS
-from imagenet.vae import VAE, to_uint8
+from imagenet.vae import VAE, sha256_of_weights, to_uint8
 from mfm_ref import ClassifierFree, FlowMap, Guided, MetaFlowMap
 from mfm_ref.checks import check_count, check_finite
 from mfm_ref.data import stream_seed
 from mfm_ref.distributed import Process
 from mfm_ref.files import atomic_path, load_json, remove_folder, save_json
 from mfm_ref.options import option
-from mfm_ref.pretrained import WEIGHTS
 
 # What streams of random numbers are for, the last number of their seeds: none is one of mfm_ref.data's.
 SAMPLES, LABELS, CONTEXTS, DRAWS, ROLLOUTS, AGAIN = range(100, 106)
@@ -44,7 +46,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OFFICIAL_CHANNELS = 3  # of 4, to which SiT's own sampler applies guidance
 DECODED = 16  # latents that are decoded together
 GRID = 8  # images in a row of grid.png, and most rows
-ELSEWHERE = ("out", "device", "weights", "vae")  # options that say where things are: what is there is compared instead
+PARTS = ".parts"
+# Options that say where things are, and how to read them: what is there is compared instead.
+ELSEWHERE = ("out", "device", "weights", "kind", "num_heads", "encoder_depth", "vae")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,45 +66,12 @@ class ModelOptions:
         0, "the first channels, which alone classifier-free guidance moves; 0: 3 for SiT, as its own sampler, else all"
     )
     vae: str = option("", "folder or Hugging Face id of the VAE that decodes; empty to keep latents")
-    out: Path = option(Path("runs/imagenet"), "folder of the results")
+    out: Path = option(Path("runs/samples"), "folder of the results")
     seed: int = option(0, "of every random number")
     batch: int = option(32, "samples that are made together, and kept as one shard")
     device: str = option("cpu", "where torch computes: cpu, cuda, …")
     precision: str = option("float32", "of the network's matrix products", choices=tuple(PRECISIONS))
     compile: bool = option(False, "compile the network")
-
-
-@contextmanager
-def refusing(program: str) -> Iterator[None]:
-    """What is wrong with options or files ends the program with the message alone."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        raise SystemExit(f"{program}: {' '.join(str(error).split())}") from error
-
-
-def numbers(text: str, name: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers separated by commas. Raises ValueError for anything else, for none, and for one that is there twice."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"--{name} must be different numbers, separated by commas, got {text!r}")
-    return found
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError for a device that torch does not have; a GPU is not touched, which other processes may own."""
-    try:
-        place = torch.device(device)
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
-        if place.type != "cuda":
-            torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be one that this torch computes on, got {device!r}: {reason}") from error
 
 
 # ---- networks --------------------------------------------------------------------------------------------
@@ -191,9 +162,13 @@ def guidance_of(X: MetaFlowMap) -> dict[str, Any]:
     return {"by": "nothing"}
 
 
-def open_map(config: ModelOptions) -> MetaFlowMap:
-    """The network of --weights with --guidance."""
-    return guided(open_network(config), config)
+def check_channels(config: ModelOptions, *maps: MetaFlowMap) -> None:
+    """Raise ValueError for --guided-channels if none of the maps of `guided` is guided by them."""
+    if config.guided_channels and not any(isinstance(X, ClassifierFree) for X in maps):
+        raise ValueError(
+            "--guided-channels must be left out where there is no classifier-free guidance: --guidance is 1, or an "
+            "input of the network"
+        )
 
 
 class Passes:
@@ -210,13 +185,6 @@ class Passes:
             return velocity(s, u, z, *rest)
 
         return counted
-
-
-def weights_identity(weights: str) -> dict[str, Any]:
-    """What tells the weights from others: the file in which `load` finds them, its size and its SHA-256."""
-    path = locate(weights)[0]
-    path = path / WEIGHTS if path.is_dir() else path
-    return {"from": weights, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def open_vae(config: ModelOptions, X: FlowMap) -> VAE | None:
@@ -285,41 +253,63 @@ def run_job(job: Job, folder: Path, process: Process, progress: str) -> dict[str
     """Make a folder of samples, or go on with it; what settings.json says, None but in rank 0.
 
     Raises:
-        ValueError: the folder belongs to a run with other settings, or is damaged; whatever `draw` raises.
+        ValueError: the folder belongs to a run with other settings or to something else, or is damaged; whatever
+            `draw` raises.
     """
-    record = finished(folder, job.settings)
+    if process.rank == 0:
+        clear(folder, "samples.npz", "latents.npz", "grid.png", "settings.json", PARTS)
+    record = finished(job, folder)
     if record is None:
-        shards, parts = Shards(folder / "shards", job.settings), parts_of(len(job.labels), job.batch)
+        shards, parts = Shards(folder / PARTS, job.settings), parts_of(len(job.labels), job.batch)
         work(shards, parts, lambda rows: make(job, rows), process=process, progress=progress)
         if process.rank == 0:
             record = assemble(job, folder, shards, len(parts))
     if process.rank > 0:
         return None
-    remove_folder(folder / "shards")
+    left = folder / PARTS / "settings.json"
+    if left.exists() and load_json(left) == job.settings:
+        remove_folder(left.parent)
     return record
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What settings.json says of a folder that is finished, None where there is none.
+def clear(folder: Path, *names: str) -> None:
+    """Remove what processes that died in writing or removing files and folders of these names left of them."""
+    for left in (left for name in names for left in folder.glob(f".[0-9]*.{name}")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def finished(job: Job, folder: Path) -> dict[str, Any] | None:
+    """What settings.json says of a folder that is finished; None where it or the samples are missing.
 
     Raises:
-        ValueError: it was made with other settings, or is damaged.
+        ValueError: it was made with other settings or by something else, or is damaged.
     """
     path = folder / "settings.json"
     if not path.exists():
         return None
     record = load_json(path)
-    found = record.get("settings", {})
-    others = [
-        f"{key} was {found.get(key)!r} and is {settings.get(key)!r}"
-        for key in sorted(found.keys() | settings.keys())
-        if found.get(key) != settings.get(key)
-    ]
+    if not isinstance(record.get("settings"), dict) or "evaluations_per_sample" not in record:
+        raise ValueError(
+            f"{path} must be one that this script wrote, and is of something else: write elsewhere (--out)"
+        )
+    others = differences(record["settings"], job.settings)
     if others:
         raise ValueError(
-            f"{path} belongs to a run with other settings ({'; '.join(others)}): remove it or write elsewhere (--out)"
+            f"{path} belongs to a run with other settings ({others}): remove it or write elsewhere (--out)"
         )
-    return record
+    return record if has_rows(folder / name_of(job.vae), len(job.labels)) else None
+
+
+def has_rows(path: Path, n: int) -> bool:
+    """Whether a file of n samples is there."""
+    try:
+        with open_rows(path) as (_, shape, _):
+            return shape[0] == n
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 @torch.no_grad()
@@ -341,11 +331,9 @@ def decoded(vae: VAE, latents: Tensor) -> np.ndarray:
 def assemble(job: Job, folder: Path, shards: Shards, count: int) -> dict[str, Any]:
     """Write samples.npz (or latents.npz), grid.png and, last, settings.json from all shards; what the last says."""
     n, path = len(job.labels), folder / name_of(job.vae)
-    for left in folder.glob(f".*.{path.name}"):  # by a process that died here
-        left.unlink()
     write_npz(path, [shards.read(k, "samples") for k in range(count)], job.labels.numpy())
     if job.vae is not None:
-        save_image(grid(first_of(path, GRID**2), GRID), folder / "grid.png")
+        save_image(grid(first_rows(path, GRID**2), GRID), folder / "grid.png")
     rows = sum(shards.info(k)["evaluations"] for k in range(count))
     evaluations = rows / n if rows % n else rows // n
     record = {"settings": job.settings, "samples": n, "evaluations_per_sample": evaluations, **job.facts}
@@ -356,42 +344,6 @@ def assemble(job: Job, folder: Path, shards: Shards, count: int) -> dict[str, An
 def name_of(vae: VAE | None) -> str:
     """The file of the samples."""
     return "latents.npz" if vae is None else "samples.npz"
-
-
-def write_npz(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
-    """What np.savez(path, arr_0=joined parts, arr_1=labels) writes, with one part in memory at a time; always the same.
-
-    Args:
-        path: of the file.
-        parts: arrays `(n_k, *D)` of one dtype, which may be mapped from files.
-        labels: `(Σ n_k,)`.
-    """
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-        for name, dtype, size, arrays in (
-            ("arr_0", parts[0].dtype, shape, parts), ("arr_1", labels.dtype, labels.shape, [labels]),
-        ):  # fmt: skip
-            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            with archive.open(member, "w", force_zip64=True) as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": size}
-                np.lib.format.write_array_header_1_0(file, header)
-                for array in arrays:
-                    file.write(np.ascontiguousarray(array).data)
-
-
-def first_of(path: Path, n: int) -> np.ndarray:
-    """The first n rows of arr_0, or all of fewer, without reading the others."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        shape, dtype = read_header(file)
-        shape = (min(n, shape[0]), *shape[1:])
-        return np.frombuffer(bytearray(file.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
-
-
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype[Any]"]:
-    """Shape and dtype of the array of a .npy file, which is read as far as its first number."""
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return shape, dtype
 
 
 def grid(images: np.ndarray, columns: int) -> Image.Image:
@@ -423,13 +375,9 @@ def describe(
         X: the same, guided.
         vae: that decodes the samples, or None.
     """
-    weights, decoder = weights_identity(config.weights), None if vae is None else vae.identity
+    weights, decoder = sha256_of_weights(network.network), vae and vae.identity
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
-    settings |= {"weights": weights["sha256"], "vae": decoder and decoder["sha256"]}
-    facts = {"weights": weights, "network": network.network.config, "guidance": guidance_of(X), "vae": decoder}
+    settings |= {"weights": weights, "network": network.network.config}
+    settings |= {"vae": decoder and {name: decoder[name] for name in ("sha256", "scale")}}
+    facts = {"weights": {"from": config.weights, "sha256": weights}, "guidance": guidance_of(X), "vae": decoder}
     return settings, facts | {"torch": torch.__version__, "device": device_name(config.device)}
-
-
-def device_name(device: str) -> str:
-    """What the run computes on."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device

@@ -6,13 +6,15 @@
 --method says how, and --steps of what there is that many:
 
     posterior   draws of a posterior, with fresh noise between them (E19); one of them for weights without a context
-    map         jumps of the flow map at t = 0, without noise between them
+    map         jumps of the flow map at t = 0, without noise between them; the context is the noise at their start,
+                as in training (weights that are silent at t = 0 see nothing of it)
     euler, heun, dopri5    steps along the drift b_t (E2), of 1, 2 and 6 evaluations and of order 1, 2 and 5
     sde         steps of the SDE with the same marginals (E6)
 
 OUT gets samples.npz (or, without --vae, latents.npz), grid.png and settings.json; see `imagenet/run.py`. Sample i is
-the same for any --count and on any number of processes, and up to rounding in any --batch and on any device. A run that
-was killed goes on from its finished batches, and one that is finished is not run again.
+the same for any --count (each in a folder of its own: none grows) and on any number of processes, and up to rounding in
+any --batch and on any device. A run that was killed goes on from its finished batches, and one that is finished is not
+run again.
 """
 
 import dataclasses
@@ -21,11 +23,12 @@ import time
 import torch
 from torch import Tensor
 
+from imagenet.commands import check_device, refusing
 from imagenet.run import (
     Job,
     ModelOptions,
     Passes,
-    check_device,
+    check_channels,
     describe,
     generators,
     guided,
@@ -35,7 +38,6 @@ from imagenet.run import (
     open_network,
     open_vae,
     reads_context,
-    refusing,
     run_job,
 )
 from mfm_ref import FlowMap, MetaFlowMap, integrate, sample, sample_posterior, time_grid
@@ -55,7 +57,7 @@ class SampleOptions(ModelOptions):
 
     count: int = option(64, "samples; 50000 for an FID")  # torchrun takes --n for itself
     method: str = option("posterior", "see above", choices=METHODS)
-    steps: int = option(1, "draws, jumps or steps of each sample")
+    steps: int = option(0, "draws, jumps or steps of each sample; 0: one draw or jump, and steps have to be given")
     labels: str = option("balanced", "balanced (each class in turn), random, or the number of one class")
 
 
@@ -64,8 +66,8 @@ def draw(config: SampleOptions, X: MetaFlowMap, y: Tensor, sources: list[torch.G
     if config.method == "posterior":
         return sample(X, len(y), config.steps, y=y, generator=sources)
     if config.method == "map":
-        blank = torch.zeros(len(y), *X.shape, dtype=X.dtype, device=X.device)
-        return sample_posterior(X, 0.0, blank, 1, config.steps, y=y, generator=sources)[0]
+        noise = noise_like(X, len(y), generator=sources)
+        return sample_posterior(X, 0.0, noise, 1, config.steps, y=y, eps=noise.unsqueeze(0))[0]
     return integrate(
         lambda t, x: unconditional_drift(X, t, x, y),
         noise_like(X, len(y), generator=sources),
@@ -77,7 +79,6 @@ def draw(config: SampleOptions, X: MetaFlowMap, y: Tensor, sources: list[torch.G
 
 def check_method(config: SampleOptions, X: FlowMap) -> None:
     """Refuse a method that the network cannot serve: it would run, and give samples of another law."""
-    check_count(config.steps, "--steps")
     if config.method in ("posterior", "map") and not makes_jumps(X):
         raise ValueError(
             f"--method {config.method} needs a network of two times, and SiT's have one: use {' or '.join(DYNAMICS)}"
@@ -88,14 +89,24 @@ def check_method(config: SampleOptions, X: FlowMap) -> None:
         )
 
 
+def steps_of(config: SampleOptions) -> int:
+    """--steps, or what 0 stands for. Raises ValueError where one step would be too few to mean anything."""
+    check_count(config.steps, "--steps", 0)
+    if config.steps == 0 and config.method in DYNAMICS:
+        raise ValueError(f"--steps must be given with --method {config.method}, such as 50: one is far from enough")
+    return config.steps or 1
+
+
 def run(config: SampleOptions, process: Process) -> None:
     """Every sample that is not there yet, then the files of the folder."""
     check_count(config.count, "--count")
     check_count(config.batch, "--batch")
     check_count(config.seed, "--seed", 0)
+    config = dataclasses.replace(config, steps=steps_of(config))
     began, network = time.perf_counter(), open_network(config)
     check_method(config, network)
     X, vae, passes = guided(network, config), open_vae(config, network), Passes(network)
+    check_channels(config, X)
     labels = labels_for(config.labels, config.count, network.null_class, config.seed)
     settings, facts = describe(config, network, X, vae)
 
@@ -112,7 +123,7 @@ def run(config: SampleOptions, process: Process) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = parse(SampleOptions, __doc__ or "", arguments)
+    config = parse(SampleOptions, __doc__ or "", arguments, prog="python -m imagenet.sample")
     with refusing("imagenet.sample"):
         check_device(config.device)
         with processes(config.device) as process:

@@ -1,5 +1,7 @@
 """Long jobs in parts that stay on disk: killed at any moment, they go on from the parts that are finished.
 
+A folder is of one run at a time: a second one that is started in it meanwhile clears what the first is writing.
+
 settings.json            what the parts depend on
 shard-00003/NAME.npy     an array of part 3
 shard-00003/info.json    shapes, dtypes and checksums of its arrays, and what else was said about it
@@ -40,17 +42,21 @@ class Shards:
 
     Args:
         folder: made where it is missing.
-        settings: what the arrays depend on, as JSON values; they are kept in the folder. None reads a folder that is
-            there and changes nothing in it.
+        settings: what the arrays and the rows of each part depend on, as JSON values; they are kept in the folder.
+            None reads a folder that is there and changes nothing in it.
+
+    Attributes:
+        advance: called with a number of rows inside a part's `make`, it moves the bar of `work`.
 
     Raises:
-        ValueError: the folder holds parts of a run with other settings, with what differs; settings.json is damaged;
-            there is none although `settings` is None.
+        ValueError: the folder holds parts of a run with other settings, with what differs, or no run but other things;
+            settings.json is damaged; there is none although `settings` is None.
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any] | None = None):
         self.folder = Path(folder)
         self.settings: dict[str, Any] = {}
+        self.advance: Callable[[int], Any] = lambda rows: None
         path = self.folder / "settings.json"
         if settings is None:
             self.settings = load_json(path)
@@ -94,18 +100,20 @@ class Shards:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (FileNotFoundError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"{path} must be an array that can be read; remove {path.parent} to make it anew: {error}"
-            ) from error
+            raise ValueError(f"{path} must be an array that can be read: {error}; {self._repair(k)}") from error
         if (list(array.shape), str(array.dtype)) != (facts["shape"], facts["dtype"]):
             raise ValueError(
-                f"{path} must hold {tuple(facts['shape'])} of {facts['dtype']}, got {array.shape} of {array.dtype}"
+                f"{path} must hold {tuple(facts['shape'])} of {facts['dtype']}, got {array.shape} of {array.dtype}; "
+                + self._repair(k)
             )
         return array
 
     def info(self, k: int) -> dict[str, Any]:
         """What is known of part k: `arrays`, and what was given to `write`. Raises ValueError if it is damaged."""
-        return load_json(self.path(k) / "info.json")
+        try:
+            return load_json(self.path(k) / "info.json")
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._repair(k)}") from error
 
     def verify(self, k: int) -> None:
         """Compare the files of part k with their checksums. Raises ValueError naming a file that differs."""
@@ -113,7 +121,7 @@ class Shards:
             path = self.path(k) / f"{name}.npy"
             found, wanted = sha256_of(path) if path.exists() else "no file", self._facts(k, name)["sha256"]
             if found != wanted:
-                raise ValueError(f"{path} must have the sha256 {wanted}, got {found}")
+                raise ValueError(f"{path} must have the sha256 {wanted}, got {found}; {self._repair(k)}")
 
     def _facts(self, k: int, name: str) -> dict[str, Any]:
         try:
@@ -121,42 +129,40 @@ class Shards:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.path(k) / 'info.json'} must say what {name} is: {error!r}") from error
 
+    def _repair(self, k: int) -> str:
+        return f"remove {self.path(k)} and run again to make it anew"
+
     def _start(self, path: Path) -> str:
         """Write the settings, or say in what those that are there differ; clear what a dead process left half done."""
         if not path.exists():
+            others = [other.name for other in self.folder.glob("[!.]*")]  # save_json's own leftovers have a dot
+            if others:
+                return f"{self.folder} must be a new folder or one of this run, found {min(others)} and no {path.name}"
             save_json(self.settings, path)
         try:
             found = load_json(path)
         except ValueError as error:
             return str(error)
-        others = [
-            f"{key} was {found.get(key)!r} and is {self.settings.get(key)!r}"
-            for key in sorted(found.keys() | self.settings.keys())
-            if found.get(key) != self.settings.get(key)
-        ]
-        if others:
-            return (
-                f"{path} belongs to a run with other settings ({'; '.join(others)}): "
-                f"remove {path.parent} or write elsewhere"
-            )
+        what = differences(found, self.settings)
+        if what:
+            return f"{path} belongs to a run with other settings ({what}): remove {path.parent} or write elsewhere"
         for left in self.folder.glob(f".*.{NAME}"):
             shutil.rmtree(left, ignore_errors=True)
         return ""
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """In what two settings differ, empty where in nothing: "seed was 3 and is 4; …"."""
+    return "; ".join(
+        f"{key} was {found.get(key)!r} and is {wanted.get(key)!r}"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    )
+
+
 def own_parts(shards: Shards, parts: Sequence[range], process: Process) -> list[int]:
-    """The numbers of the parts that this process has still to make: k with k % world = rank, in order.
-
-    A last part that was shorter, in a run of fewer rows, is made anew.
-
-    Raises:
-        ValueError: a part that is there holds other rows.
-    """
-    return [
-        k
-        for k, rows in enumerate(parts)
-        if k % process.world == process.rank and not (shards.done(k) and _holds(shards, k, rows))
-    ]
+    """The numbers of the parts that this process has still to make: k with k % world = rank, in order."""
+    return [k for k in range(process.rank, len(parts), process.world) if not shards.done(k)]
 
 
 def work(shards: Shards, parts: Sequence[range], make: Make, *, process: Process, progress: str | None = None) -> None:
@@ -171,15 +177,16 @@ def work(shards: Shards, parts: Sequence[range], make: Make, *, process: Process
         progress: label of a bar over the rows of all processes, drawn by rank 0; none where None.
 
     Raises:
-        ValueError: a part that is there holds other rows. Whatever `make` raises; the parts before it are on the disk.
+        Exception: whatever `make` raises; the parts before it are on the disk.
     """
     todo, finished = own_parts(shards, parts, process), _rows_done(shards, parts)
     hidden = progress is None or process.rank > 0
     with tqdm(
         total=sum(map(len, parts)), initial=finished, desc=progress, disable=hidden, leave=False, unit="row"
     ) as bar:
+        shards.advance = bar.update
         for k in todo:
-            _make_part(shards, k, parts[k], make)
+            shards.write(k, *make(parts[k]))  # without a name, the arrays are gone before the next ones are made
             _show(bar, shards, parts)
         if dist.is_available() and dist.is_initialized():
             # Not a barrier of torch: that gives up when one process has much more to do than another.
@@ -193,22 +200,6 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _holds(shards: Shards, k: int, rows: range) -> bool:
-    """Whether part k holds these rows; False if it holds the first of them. Raises ValueError for others."""
-    found = shards.info(k).get("rows")
-    if found == [rows.start, rows.stop]:
-        return True
-    if isinstance(found, list) and found[0] == rows.start and found[1] < rows.stop:
-        return False
-    raise ValueError(f"{shards.path(k)} must hold the rows {[rows.start, rows.stop]}, got {found}")
-
-
-def _make_part(shards: Shards, k: int, rows: range, make: Make) -> None:
-    """A function of its own, so that its arrays are gone before the next ones are made."""
-    arrays, info = make(rows)
-    shards.write(k, arrays, {**info, "rows": [rows.start, rows.stop]})
 
 
 def _rows_done(shards: Shards, parts: Sequence[range]) -> int:

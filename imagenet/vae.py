@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from mfm_ref.checks import check_finite
 
-SCALE = 0.18215  # of Stable Diffusion's f8 autoencoders, whose latents then have a variance of about one
-
 
 class VAE:
     """A KL autoencoder with frozen weights; latents are scaled, images RGB. `VAE.load` makes one.
@@ -19,6 +17,10 @@ class VAE:
         model: diffusers' AutoencoderKL.
         name: where it came from, for messages and records.
 
+    Attributes:
+        scale: by which latents are multiplied; channels: of a latent; factor: pixels to one of the latents, a side.
+        identity: what tells it from others in records: name, checksum of the weights, scale.
+
     Raises:
         ValueError: the model also shifts its latents, or scales each channel by itself.
     """
@@ -26,13 +28,13 @@ class VAE:
     def __init__(self, model: nn.Module, name: str):
         self.model, self.name = model.eval().requires_grad_(False), name
         config: Any = model.config
-        self.scale = float(config.scaling_factor)  # SCALE where the config does not say
+        self.scale = float(config.scaling_factor)  # where the config does not say, 0.18215, as Stable Diffusion's
         for shift in ("shift_factor", "latents_mean", "latents_std"):
             if getattr(config, shift, None) is not None:
                 raise ValueError(f"{name} must scale its latents by one number and no more, got {shift} in its config")
         self.channels = int(config.latent_channels)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels of an image to one of the latents, a side
-        self.identity = {"id": name, "sha256": sha256_of_weights(model)}
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.identity = {"id": name, "sha256": sha256_of_weights(model), "scale": self.scale}
 
     @classmethod
     def load(cls, path_or_id: str, device: torch.device | str = "cpu") -> "VAE":

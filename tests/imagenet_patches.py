@@ -15,7 +15,7 @@ class Patches(VAE):
     """Means of patches of 8 × 8 pixels, and their absolute values for standard deviations."""
 
     name, scale, channels, factor = "patches", 1.0, 3, 8
-    device, identity = torch.device("cpu"), {"id": "patches", "sha256": "0"}
+    device, identity = torch.device("cpu"), {"id": "patches", "sha256": "0", "scale": 1.0}
     __init__ = object.__init__
     load = classmethod(lambda cls, *_: cls())
 

@@ -1,5 +1,6 @@
 """Images to moments: ADM's crop, the VAE, what cannot be read, and a run that is killed or shared out."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imagenet import encode, vae
+from imagenet import encode, shards
 from imagenet.encode import EncodeConfig, centre_crop, list_images, read_image
+from imagenet.shards import Shards
 from imagenet.vae import VAE, to_uint8
 from mfm_ref.options import parse
 from tests.imagenet_patches import Patches
@@ -202,14 +204,18 @@ def test_a_list_has_numbers_or_names(tmp_path):
     assert found.files == ["b/1.png", "with space.png", "/absolute.jpg", "tab and space.png"]
     assert found.labels == [2, 0, 2, 1] and found.classes == ["0", "1", "2"]
     assert found.root / found.files[2] == Path("/absolute.jpg")
-    path.write_text("1.png cat\n2.png\tant bear\n3.png cat\n4.png 5\n")
+    path.write_text("1.png cat\n2.png\tant bear\n3.png cat\n4.png n01440764\n")
     found = list_images(path)
-    assert found.labels == [2, 1, 2, 0] and found.classes == ["5", "ant bear", "cat"]
+    assert found.labels == [1, 0, 1, 2] and found.classes == ["ant bear", "cat", "n01440764"]
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("a.png 0\nb.png\n", r"line 2 of .*list.txt must be PATH LABEL, got 'b.png'"),
     ("\n \n", "list.txt must hold lines PATH LABEL, got no image"),
+    ("a.png 7\nb.png x\nc.png 9\n", "must be numbers from 0 on, or names alone, got 'x' and '7'"),
+    ("a.png 0\nb.png -1\n", "must be numbers from 0 on, or names alone, got '-1' and '0'"),
+    ("a.png -1\nb.png -2\n", "must be numbers from 0 on, or names alone, got '-1' and '-1'"),
+    ("a.png 1.0\nb.png 10.0\n", "must be numbers from 0 on, or names alone, got '1.0' and '1.0'"),
     ("a.png 1000000\n", "labels in .*list.txt must be below 1000000, got 1000000"),
     (b"\xff\xfe\x00", "list.txt must be a folder, or a text file of lines PATH LABEL: "),
     (None, "list.txt must be a folder, or a text file of lines PATH LABEL: "),
@@ -219,6 +225,21 @@ def test_lists_without_images_are_refused(tmp_path, text, message):
         (tmp_path / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         list_images(tmp_path / "list.txt")
+
+
+def test_a_folder_that_cannot_be_looked_into_ends_the_run(tmp_path, monkeypatch):
+    """It is not one without images."""
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir = os.scandir
+
+    def fails(path):
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(PermissionError, match="b'"):
+        list_images(tmp_path)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
@@ -232,8 +253,10 @@ def test_a_folder_without_classes_is_refused(tmp_path):
 
 def test_a_vae_is_known_by_its_weights(tiny, tmp_path):
     found = VAE.load(str(tiny / "vae"))
-    assert (found.scale, found.channels, found.factor) == (vae.SCALE, 4, 8)
-    assert found.identity["id"] == str(tiny / "vae")
+    assert (found.scale, found.channels, found.factor) == (0.18215, 4, 8)
+    assert (found.identity["id"], found.identity["scale"]) == (str(tiny / "vae"), 0.18215)
+    moved = VAE.load(changed(tiny, tmp_path / "old", rename=OLD_NAMES))
+    assert moved.identity["sha256"] == found.identity["sha256"]
     found.model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     assert VAE.load(str(tmp_path / "pickled")).identity["sha256"] == found.identity["sha256"]
     tiny_vae(tmp_path / "other", seed=1)
@@ -253,8 +276,12 @@ def test_moments_and_decoding_are_those_of_diffusers(tiny):
     assert z.grad.abs().max() > 0 and not any(p.requires_grad for p in model.parameters())
 
 
-def changed(tiny, folder, *, config=None, drop=None, add=None):
-    """The VAE with another config or other weights."""
+# Of an attention's weights, in the public files of Stable Diffusion's autoencoders.
+OLD_NAMES = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+
+def changed(tiny, folder, *, config=None, drop=None, add=None, rename=None):
+    """The VAE with another config, other weights or other names."""
     shutil.copytree(tiny / "vae", folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
@@ -262,6 +289,9 @@ def changed(tiny, folder, *, config=None, drop=None, add=None):
     tensors = load_file(path)
     for name in drop or []:
         del tensors[name]
+    for new, old in (rename or {}).items():
+        assert any(new in name for name in tensors)
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
     save_file(tensors | (add or {}), path)
     return str(folder)
 
@@ -280,7 +310,9 @@ def test_a_vae_of_another_kind_is_refused(tiny, tmp_path, change, message):
 
 
 def test_the_scale_is_that_of_the_config(tiny, tmp_path):
-    assert VAE.load(changed(tiny, tmp_path / "vae", config={"scaling_factor": 0.5})).scale == 0.5
+    """And tells a VAE from another one of the same weights."""
+    found = VAE.load(changed(tiny, tmp_path / "vae", config={"scaling_factor": 0.5}))
+    assert found.scale == found.identity["scale"] == 0.5
 
 
 def test_a_vae_that_is_not_there_is_refused(monkeypatch, tmp_path):
@@ -342,7 +374,7 @@ def test_the_record_says_what_is_there(tiny, encoded):
     record, folder = encoded
     assert json.loads((folder / "latents.json").read_text()) == record
     assert record["vae"] == VAE.load(str(tiny / "vae")).identity
-    assert (record["scale"], record["size"], record["shape"], record["flips"]) == (0.18215, 64, [4, 8, 8], True)
+    assert (record["size"], record["shape"], record["flips"]) == (64, [4, 8, 8], True)
     assert record["counts"] == {"images": 24, "encoded": 24, "skipped": 0, "of_each_class": [12, 12]}
     assert record["classes"] == list(CLASSES) and record["skipped"] == []
     assert [shard["rows"] for shard in record["shards"]] == [5, 5, 5, 5, 4]
@@ -382,14 +414,36 @@ def test_a_finished_run_does_nothing_and_another_is_refused(tiny, encoded, monke
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"images": ""}, "--images is needed"), ({"vae": ""}, "--vae is needed"),
-    ({"batch": 0}, "batch must be an integer >= 1"), ({"shard": 0}, "size must be an integer >= 1"),
-    ({"workers": -1}, "workers must be an integer >= 0"), ({"size": 60}, "must be a multiple of 8 for .*vae, got 60"),
-    ({"size": 0}, "must be a multiple of 8"), ({"precision": "float8"}, "precision must be one of"),
+    ({"batch": 0}, "--batch must be an integer >= 1"), ({"shard": 0}, "--shard must be an integer >= 1"),
+    ({"device": "abacus"}, "--device must be one that this torch computes on, got 'abacus'"),
+    ({"workers": -1}, "--workers must be an integer >= 0"), ({"size": 60}, "must be a multiple of 8 for .*vae, got 60"),
+    ({"size": 0}, "must be a multiple of 8"), ({"precision": "float8"}, "--precision must be one of"),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused_before_anything_is_written(tiny, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         encode.run(config_of(tiny, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bar_moves_with_each_batch(tiny, tmp_path, monkeypatch):
+    """Not when a shard is written, which may be after an hour."""
+    monkeypatch.setattr(encode, "VAE", Patches)
+    counts = []
+    monkeypatch.setattr(shards.tqdm, "update", lambda _, n=1: counts.append(n))
+    monkeypatch.setattr(Shards, "write", lambda *_: pytest.fail("now"))
+    with pytest.raises(pytest.fail.Exception, match="now"):
+        encode.run(config_of(tiny, tmp_path / "out", batch=5, shard=100))
+    assert counts == [5, 5, 5, 5, 4]
+
+
+def test_images_beside_the_class_folders_are_told_of(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(encode, "VAE", Patches)
+    images = shutil.copytree(tiny / "images", tmp_path / "images")
+    encode.run(config_of(tiny, tmp_path / "out", images=str(images)))
+    assert "beside" not in capsys.readouterr().err
+    touch(images, "loose.JPEG", "other.png", ".hidden.png", "notes.txt")
+    encode.run(config_of(tiny, tmp_path / "out", images=str(images)))
+    assert f"{images}: 2 images beside the class folders are left out\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [1e6, float("nan")])
@@ -422,7 +476,6 @@ def corrupt(folder):
     (folder / "zeros.png").write_bytes(bytes(content[:60]) + bytes(200))
     Image.fromarray(np.full((90, 90), 40000, np.uint16)).save(folder / "deep.png")
     Image.new("RGB", (2, 40000)).save(folder / "thin.png")
-    (folder / "dangling.png").symlink_to(folder / "nothing")
     for name in ("whole.jpg", "whole.png"):
         (folder / name).unlink()
     return sorted(path.name for path in folder.iterdir())
@@ -435,12 +488,12 @@ def test_what_cannot_be_read_is_listed_and_left_out(tiny, encoded, tmp_path):
     for name in names[::2]:
         (images / "dog" / name).rename(images / CLASSES[0] / name)
     record = encode.run(config_of(tiny, tmp_path / "out", images=str(images), shard=7))
-    assert len(names) == 8
-    assert record["counts"] == {"images": 32, "encoded": 24, "skipped": 8, "of_each_class": [12, 0, 12]}
+    assert len(names) == 7
+    assert record["counts"] == {"images": 31, "encoded": 24, "skipped": 7, "of_each_class": [12, 0, 12]}
     reasons = {Path(image["file"]).name: image["reason"] for image in record["skipped"]}
     assert sorted(reasons) == names
     expected = {
-        "dangling.png": "FileNotFoundError", "deep.png": "ValueError: pixels must have 8 bits, got mode I;16",
+        "deep.png": "ValueError: pixels must have 8 bits, got mode I;16",
         "empty.jpg": "cannot identify", "text.jpg": "cannot identify image file", "thin.png": "long and thin",
         "truncated.jpg": "image file is truncated",
     }  # fmt: skip
@@ -457,14 +510,17 @@ def test_without_an_image_that_can_be_read_there_are_no_latents(tiny, tmp_path):
     corrupt(tmp_path / "dog")
     (tmp_path / "images").mkdir()
     (tmp_path / "dog").rename(tmp_path / "images" / "dog")
-    message = r"must hold an image that can be read, got none of 8 \(dog/dangling.png: FileNotFoundError"
+    message = r"must hold an image that can be read, got none of 7 \(dog/deep.png: ValueError"
     for _ in range(2):  # and a second run says so too
         with pytest.raises(ValueError, match=message):
             encode.run(config_of(tiny, tmp_path / "out", images=str(tmp_path / "images")))
     assert not (tmp_path / "out" / "latents.json").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(encode.errno.EIO, "Input/output error"), MemoryError("no more")])
+@pytest.mark.parametrize("error", [
+    OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "Permission denied"),
+    OSError(errno.ENOENT, "No such file"), MemoryError("no more"),
+])  # fmt: skip
 def test_trouble_with_the_machine_is_no_fault_of_the_image(tiny, encoded, tmp_path, monkeypatch, error):
     """The run stops, and goes on later as if nothing had been."""
     whole, reads = Image.open, []
@@ -481,6 +537,54 @@ def test_trouble_with_the_machine_is_no_fault_of_the_image(tiny, encoded, tmp_pa
     assert (tmp_path / "out" / "shard-00000").exists() and not (tmp_path / "out" / "shard-00001").exists()
     encode.run(config_of(tiny, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(encoded[1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_file_ends_the_command_with_one_line(tiny, tmp_path, monkeypatch, workers):
+    """In a process of its own too, whose traceback would come along."""
+    monkeypatch.setattr(encode, "VAE", Patches)
+    images = shutil.copytree(tiny / "images", tmp_path / "images")
+    path = images / "flower" / "99.png"
+    path.symlink_to(tmp_path / "away.png")
+    options = ["--images", images, "--vae", "patches", "--out", tmp_path / "out", "--size", SIZE, "--workers", workers]
+    with pytest.raises(SystemExit) as caught:
+        encode.main([str(option) for option in options])
+    assert str(caught.value) == f"imagenet.encode: [Errno 2] No such file or directory: '{path}'"
+    shutil.copy(images / "flower" / "20.png", tmp_path / "away.png")
+    encode.main([str(option) for option in options])
+    assert len(joined(tmp_path / "out", "numbers")) == 25
+
+
+def test_mended_images_are_encoded_by_a_later_run(tiny, tmp_path, monkeypatch, capsys):
+    """Only their shards are made anew; the line printed says that it can be done."""
+    monkeypatch.setattr(encode, "VAE", Patches)
+    images = shutil.copytree(tiny / "images", tmp_path / "images")
+    path = images / CLASSES[0] / "01.JPEG"
+    content = path.read_bytes()
+    path.write_bytes(content[:900])
+    (images / CLASSES[1] / "22.png").write_text("no image")
+    out, made = tmp_path / "out", []
+    options = ["--images", images, "--vae", "patches", "--out", out, "--size", SIZE, "--workers", 0, "--shard", 5]
+    whole = encode._Encoding.make
+    monkeypatch.setattr(encode._Encoding, "make", lambda self, rows: (made.append(rows.start), whole(self, rows))[1])
+    for before, lines in ((content[:900], [0, 5, 10, 15, 20]), (content[:900], []), (content, [0])):
+        path.write_bytes(before)
+        encode.main([str(option) for option in options])
+        assert made == lines
+        made.clear()
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        said[0]
+        == said[1]
+        == (
+            f"22 images of 2 classes in {out}, 2 that could not be read, listed in {out / 'latents.json'}: "
+            "mend them and run again"
+        )
+    )
+    assert said[2].startswith(f"23 images of 2 classes in {out}, 1 that could not be read")
+    record = json.loads((out / "latents.json").read_text())
+    assert [image["file"] for image in record["skipped"]] == [f"{CLASSES[1]}/22.png"]
+    assert joined(out, "numbers").tolist() == [k for k in range(24) if list_images(images).files[k] != "flower/22.png"]
 
 
 # ---- killed, or shared out -------------------------------------------------------------------------------
@@ -590,6 +694,15 @@ def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkey
     assert "images encoded" in result.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert (tmp_path / "two" / "shard-00000" / "moments.npy").stat().st_mtime_ns == kept
+
+
+def test_the_command_ends_with_one_line(tiny, tmp_path, capsys):
+    options = ["--images", str(tiny / "images"), "--vae", "v", "--out", str(tmp_path / "out"), "--device", "cuda:99"]
+    with pytest.raises(SystemExit, match=r"^imagenet.encode: --device must be one that .*, got 'cuda:99': .*GPUs$"):
+        encode.main(options)
+    with pytest.raises(SystemExit):
+        encode.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m imagenet.encode [")
 
 
 def test_the_command_line_has_an_option_for_each_setting(tmp_path, capsys):

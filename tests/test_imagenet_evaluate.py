@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import logsumexp
 from torch.autograd import gradcheck
 
+from imagenet import evaluate_report
 from imagenet.evaluate import agreement, main
-from imagenet.evaluate_report import table
+from imagenet.evaluate_report import draw_curves, table
 from imagenet.rewards import REWARDS, brightness, contrast, load_reward, redness
 from tests.strategies import rng
 
@@ -114,14 +116,15 @@ def test_fid_is_that_of_the_features_with_all_settings(tmp_path, capsys):
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
-    assert found["fid"] == pytest.approx(expected, rel=1e-9)
+    assert found["distance"] == pytest.approx(expected, rel=1e-9)
     assert found["samples"] == {
         "file": str(tmp_path / "samples.npz"), "images": 40, "size": 2, "features": f"{__name__}:two_pixels",
     }  # fmt: skip
     assert found["sampling"]["settings"] == {"method": "heun"}
     assert (found["settings"]["batch"], found["torch"], found["remarks"]) == (7, torch.__version__, [])
     shown = capsys.readouterr().out
-    assert shown.startswith(f"FID {found['fid']:.6g} of ") and shown.count("\n") == 1
+    assert shown.startswith(f"Fréchet distance ({__name__}:two_pixels): {found['distance']:.6g} of ")
+    assert shown.count("\n") == 1
     assert "samples.npz (40 images) to " in shown
 
 
@@ -131,7 +134,8 @@ def test_fid_of_equal_sets_is_zero_and_few_images_are_noted(tmp_path, capsys):
     files = ["--samples", tmp_path / "a.npz", "--reference", tmp_path / "a.npz"]
     run("fid", *files, "--features", f"{__name__}:pixels", "--out", out)
     found = read(out)
-    assert 0 <= found["fid"] < 1e-6
+    assert 0 <= found["distance"] < 1e-6
+    assert found["measure"] == f"Fréchet distance ({__name__}:pixels)"
     assert "a.npz has 4 images for 4 features: the covariance lacks rank" in found["remarks"][0]
     assert "note: " in capsys.readouterr().out
 
@@ -144,9 +148,9 @@ def test_statistics_that_are_kept_stand_for_the_images(tmp_path, capsys):
     assert "kept.npz has the statistics of" in capsys.readouterr().out
     assert not (tmp_path / "fid.json").exists()
     run("fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "0.npz", *options)
-    by_images = read(tmp_path / "fid.json")["fid"]
+    by_images = read(tmp_path / "fid.json")["distance"]
     run("fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "kept.npz", *options)
-    assert read(tmp_path / "fid.json")["fid"] == by_images > 0
+    assert read(tmp_path / "fid.json")["distance"] == by_images > 0
     other = ["--features", f"{__name__}:two_pixels"]
     assert "1.npz has 2 and" in refused(
         "fid", "--samples", tmp_path / "1.npz", "--reference", tmp_path / "kept.npz", *other
@@ -155,8 +159,50 @@ def test_statistics_that_are_kept_stand_for_the_images(tmp_path, capsys):
 
 def test_fid_refuses_what_is_missing(tmp_path):
     assert "fid needs --samples, and --reference or --save-statistics" in refused("fid", "--samples", "a.npz")
-    assert "a.npz must be a readable npz" in refused("fid", "--samples", "a.npz", "--reference", "b.npz")
+    assert (
+        "a.npz must be a readable npz file with uint8 images arr_0 or statistics mu and sigma, or a folder of images"
+        in refused("fid", "--samples", "a.npz", "--reference", "b.npz")
+    )
     assert "--device must" in refused("fid", "--device", "abacus")
+
+
+def test_fid_of_a_folder_is_that_of_its_images(tmp_path):
+    """Beside a settings.json of something else, which the folder is not from."""
+    sets = [as_images(np.random.default_rng(k).uniform(0, 255, (9, 4, 4, 3))) for k in range(2)]
+    for k, x in enumerate(sets):
+        (tmp_path / f"{k}").mkdir()
+        np.savez(tmp_path / f"{k}.npz", arr_0=x)
+        for i, image in enumerate(x):
+            Image.fromarray(image).save(tmp_path / f"{k}" / f"{i}.png")
+    (tmp_path / "settings.json").write_text("{}")
+    found = []
+    for end in (".npz", ""):
+        files = ["--samples", tmp_path / f"0{end}", "--reference", tmp_path / f"1{end}"]
+        run("fid", *files, "--features", f"{__name__}:pixels", "--size", 4)
+        found.append(read(tmp_path / "fid.json"))
+    assert found[0]["distance"] == pytest.approx(found[1]["distance"], rel=1e-12)
+    assert [one["sampling"] for one in found] == [{}, None]
+
+
+def test_many_processes_are_refused(monkeypatch):
+    """Each would do everything, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "must be one process, without torchrun, got 2 processes" in refused("fid", "--samples", "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fid", ["Fréchet distance of samples", "needed: --samples, and --reference or --save-statistics"]),
+        ("recovery", ["Fréchet distances of posteriors", "needed: --posteriors", "replaced if there"]),
+        ("values", ["correlation of values", "needed: --posteriors", "values-REWARD.json"]),
+    ],
+)
+def test_help_says_what_is_needed(command, words, capsys):
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in [f"usage: python -m imagenet.evaluate {command} ", *words])
 
 
 # ---- recovery --------------------------------------------------------------------------------------------
@@ -166,14 +212,14 @@ def test_recovery_tells_exact_draws_from_means(posteriors, tmp_path, capsys):
     """By evaluations, at each time; the shrunken rollouts are far, the map as near as the SDE rollouts."""
     run("recovery", "--posteriors", posteriors, "--features", f"{__name__}:pixels", "--out", tmp_path)
     found = read(tmp_path / "recovery.json")
-    fids = {(one["t"], one["method"], one["evaluations"]): one["fid"] for one in found["results"]}
+    fids = {(one["t"], one["method"], one["evaluations"]): one["distance"] for one in found["results"]}
     assert list(fids) == [(t, *method) for t in TIMES for method in METHODS]
     assert fids[0.2, "glass", 1] > 3 * fids[0.2, "glass", 4] > 3 * fids[0.2, "mfm", 1]
     assert fids[0.2, "mfm", 1] == pytest.approx(fids[0.2, "sde", 200], rel=0.8)
     assert found["reference"]["file"] == str(posteriors / "clean" / "samples.npz")
     assert found["posteriors"] == {"contexts": CONTEXTS, "draws": DRAWS, "device": "cpu"}
     text = (tmp_path / "recovery.md").read_text()
-    assert text.startswith("|  | evaluations | t = 0.2 | t = 0.5 |\n| --- |")
+    assert text.startswith(f"| Fréchet distance ({__name__}:pixels) | evaluations | t = 0.2 | t = 0.5 |\n| --- |")
     assert f"| GLASS rollout | 4 | {fids[0.2, 'glass', 4]:.4g} | {fids[0.5, 'glass', 4]:.4g} |" in text
     assert f"{DRAWS} posterior draws for each of {CONTEXTS} noised images" in text
     assert capsys.readouterr().out == text
@@ -186,8 +232,23 @@ def test_recovery_is_fid_of_each_folder(posteriors, tmp_path):
     run("recovery", "--posteriors", posteriors, "--reference", tmp_path / "other.npz", "--out", tmp_path, *options)
     samples = posteriors / "t0.5" / "mfm-2" / "samples.npz"
     run("fid", "--samples", samples, "--reference", tmp_path / "other.npz", "--out", tmp_path / "fid.json", *options)
-    entry = {"t": 0.5, "method": "mfm", "evaluations": 2.0, "fid": read(tmp_path / "fid.json")["fid"]}
+    entry = {"t": 0.5, "method": "mfm", "evaluations": 2.0, "distance": read(tmp_path / "fid.json")["distance"]}
     assert entry in read(tmp_path / "recovery.json")["results"]
+
+
+def test_recovery_and_values_of_latents_alone_ask_for_a_vae(tmp_path):
+    folder = write_posteriors(tmp_path / "p", contexts=3, draws=2, methods=(("mfm", 1), ("sde", 9)), times=(0.5,))
+    for path in folder.rglob("samples.npz"):
+        path.rename(path.with_name("latents.npz"))
+    for command in ("recovery", "values"):
+        assert "there are only latents: give imagenet.posterior a --vae" in refused(command, "--posteriors", folder)
+
+
+def test_the_title_says_what_the_distance_is_to(posteriors, tmp_path):
+    options = ["--posteriors", posteriors, "--out", tmp_path, "--features", f"{__name__}:pixels"]
+    for reference, words in (("", "the clean ones"), (posteriors / "clean" / "samples.npz", "the reference")):
+        run("recovery", *options, "--reference", reference)
+        assert read(tmp_path / "recovery.json")["title"] == f"Distance of recovered images to {words}"
 
 
 # ---- values ----------------------------------------------------------------------------------------------
@@ -196,7 +257,7 @@ def test_recovery_is_fid_of_each_folder(posteriors, tmp_path):
 def test_values_are_log_mean_exp_over_the_draws_of_a_context(posteriors, tmp_path, capsys):
     """Pearson r, root mean square error and jackknife by NumPy and SciPy, with 2 draws and with all."""
     run("values", "--posteriors", posteriors, "--reward", "redness", "--scale", 30, "--draws", "2,6", "--out", tmp_path)
-    found = read(tmp_path / "values.json")
+    found = read(tmp_path / "values-redness.json")
 
     def value(where, draws):
         x = (
@@ -216,11 +277,39 @@ def test_values_are_log_mean_exp_over_the_draws_of_a_context(posteriors, tmp_pat
         left = [np.corrcoef(np.delete(a, i), np.delete(b, i))[0, 1] for i in range(CONTEXTS)]
         assert one["r_error"] == pytest.approx(np.sqrt((CONTEXTS - 1) * np.var(left)), rel=1e-3)
         assert one["why"] is None
-    text = (tmp_path / "values.md").read_text()
-    assert text.startswith("|  | evaluations | draws | t = 0.2 | t = 0.5 |\n")
+    text = (tmp_path / "values-redness.md").read_text()
+    assert text.startswith("| Pearson r of V̂ | evaluations | draws | t = 0.2 | t = 0.5 |\n")
     assert "| second SDE rollout | 200 | 6 | 0." in text and "30 · redness" in text and "6 SDE rollouts of 200" in text
     assert capsys.readouterr().out == text
-    assert (tmp_path / "values.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "values-redness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_under_one_reward_do_not_replace_those_under_another(posteriors, tmp_path):
+    for reward in ("redness", "contrast", f"{__name__}:half"):
+        run("values", "--posteriors", posteriors, "--reward", reward, "--out", tmp_path)
+    kept = {path.name for path in tmp_path.iterdir()}
+    names = ("redness", "contrast", f"{__name__}.half")
+    assert kept == {f"values-{name}.{end}" for name in names for end in ("json", "md", "png")}
+
+
+def test_pictures_show_standard_errors(tmp_path, monkeypatch):
+    """Bars on curves and bands around lines for r, where there is an error; none for distances."""
+    figures = []
+    monkeypatch.setattr(evaluate_report, "save_figure", lambda figure, path: figures.append(figure))
+    entries = [
+        {"t": 0.5, "method": method, "evaluations": n, "draws": 4, "r": 0.5, "r_error": error, "error": 1.0}
+        for method, n, error in (("mfm", 1, 0.1), ("mfm", 2, None), ("again", 20, 0.2))
+    ]
+    draw_curves(entries, "Pearson r", "Title", tmp_path / "values.png")
+    distances = [{"t": 0.5, "method": "mfm", "evaluations": n, "distance": 3.0} for n in (1, 2)]
+    draw_curves(distances, "FID (x)", "Title", tmp_path / "recovery.png")
+    values, recovery = (figure.axes[0] for figure in figures)
+    bars = values.containers[0].lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.4, 0.6]), [0.5, 0.5]]
+    assert values.patches[0].get_y() == pytest.approx(0.3) and values.patches[0].get_height() == pytest.approx(0.4)
+    assert recovery.containers[0].has_yerr is False and recovery.get_ylabel() == "FID (x)"
+    assert "second SDE rollout, 20 evaluations" in [text.get_text() for text in values.get_legend().get_texts()]
+    assert values.title.get_fontsize() == 9 and figures[0].get_suptitle() == "Title"
 
 
 def test_many_draws_agree_with_the_rollout_and_those_of_other_contexts_do_not(tmp_path):
@@ -228,25 +317,25 @@ def test_many_draws_agree_with_the_rollout_and_those_of_other_contexts_do_not(tm
     folder = write_posteriors(tmp_path / "p", draws=40, methods=(("mfm", 1), ("sde", 9), ("again", 9)), times=(0.5,))
     options = ["--posteriors", folder, "--scale", 10, "--draws", "1,40"]
     run("values", *options)
-    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values.json")["results"]}
+    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values-brightness.json")["results"]}
     assert min(r["mfm", 40], r["again", 40]) > 0.9 > r["mfm", 1] + 0.1
     path = folder / "t0.5" / "mfm-1" / "samples.npz"
     x = np.load(path)["arr_0"]
     np.savez(path, arr_0=x.reshape(CONTEXTS, 40, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape))  # draws outermost
     run("values", *options)
-    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values.json")["results"]}
+    r = {(one["method"], one["draws"]): one["r"] for one in read(folder / "values-brightness.json")["results"]}
     assert abs(r["mfm", 40]) < 0.7
 
 
 def test_a_correlation_that_is_undefined_is_null_and_a_word(posteriors, tmp_path):
     run("values", "--posteriors", posteriors, "--reward", f"{__name__}:flat", "--scale", 0.3, "--out", tmp_path)
-    found = read(tmp_path / "values.json")
+    found = read(tmp_path / f"values-{__name__}.flat.json")
     assert all(one["r"] is None and one["r_error"] is None for one in found["results"])
     assert found["results"][0]["why"] == "the values are all the same: r is undefined"
-    text = (tmp_path / "values.md").read_text()
+    text = (tmp_path / f"values-{__name__}.flat.md").read_text()
     assert "| Meta Flow Map | 1 | 6 | undefined (0) | undefined (0) |" in text
     assert "Note: the values are all the same: r is undefined (t = 0.2, Meta Flow Map)." in text
-    assert (tmp_path / "values.png").exists()
+    assert (tmp_path / f"values-{__name__}.flat.png").exists()
 
 
 def test_agreement_at_its_ends():
@@ -266,14 +355,14 @@ def test_agreement_at_its_ends():
     same[4] = 1
     found = agreement(same, x)
     assert found["r"] is not None and found["r_error"] is None
-    assert "± " not in table([{"t": 0.1, "method": "mfm", "evaluations": 1, "draws": 1, **found}])
+    assert "± " not in table([{"t": 0.1, "method": "mfm", "evaluations": 1, "draws": 1, **found}], "r")
 
 
 def test_the_reference_is_the_longest_sde_rollout(tmp_path):
     methods = (("sde", 8), ("sde", 64), ("mfm", 1))
     folder = write_posteriors(tmp_path / "p", contexts=5, draws=2, methods=methods, times=(0.5,))
     run("values", "--posteriors", folder)
-    found = read(folder / "values.json")
+    found = read(folder / "values-brightness.json")
     assert [(one["method"], one["evaluations"]) for one in found["results"]] == [("sde", 8), ("mfm", 1)]
     assert "rollouts of 64 evaluations" in found["caption"]
 

@@ -4,12 +4,14 @@ import sys
 import tracemalloc
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
 
@@ -23,6 +25,7 @@ from imagenet.features import (
     image_batches,
     load_callable,
     load_features,
+    measure,
     read_statistics,
     remarks,
     save_statistics,
@@ -116,8 +119,6 @@ def test_images_that_are_not_those_of_adm_are_refused(tmp_path):
         "grey": (good[..., :1], r"uint8 \(2, 4, 4, 1\)"),
         "one image": (good[0], r"uint8 \(4, 4, 3\)"),
         "none": (good[:0], r"uint8 \(0, 4, 4, 3\)"),
-        "objects": (np.array([{}, None]), "object"),
-        "columns first": (np.asfortranarray(good), r"uint8 .* in Fortran's order"),
     }.values():
         path = npz(tmp_path / "wrong.npz", arr_0=wrong)
         for read in (count_images, lambda path: next(image_batches(path)), statistics_of):
@@ -131,7 +132,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 
     def refused(content, match):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"a\.npz must be a readable npz file of images or statistics: {match}"):
+        with pytest.raises(ValueError, match=rf"a\.npz must be a readable npz file .*, or a folder of images: {match}"):
             list(image_batches(path, 8))
 
     refused(whole[: len(whole) // 2], "File is not a zip file")
@@ -149,6 +150,55 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     for read in (count_images, statistics_of):
         with pytest.raises(ValueError, match=r"a\.npz must be a readable npz file.*No such file"):
             read(path)
+
+
+def write_folder(folder, there):
+    """PNG files in folders of a class each, one deeper, beside what is no image."""
+    names = [f"{'ab'[k % 2]}/{'deep/' * (k == 2)}{k}.{'PNG' if k == 1 else 'png'}" for k in range(len(there))]
+    for name, image in zip(names, there, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    (folder / "list.txt").write_text("no image")
+    (folder / ".hidden.png").write_bytes(b"no image")
+    return [there[k] for k in sorted(range(len(there)), key=lambda k: Path(names[k]))]
+
+
+@pytest.mark.parametrize("loose", [True, False])
+def test_a_folder_of_images_is_read_as_a_file_is(tmp_path, loose):
+    """In the order of paths, in batches; of images that have the size, the crop is the image."""
+    there = images(7)
+    expected = write_folder(tmp_path, there)
+    if loose:
+        Image.fromarray(there[0]).save(tmp_path / "0.png")
+        expected = [there[0], *expected]
+    found = list(image_batches(tmp_path, 3, size=4))
+    assert [len(batch) for batch in found] == [3, 3, 2] if loose else [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+    assert count_images(tmp_path) == len(expected)
+    name = f"{__name__}:pixels"
+    a = statistics_of(tmp_path, name, size=4)
+    b = statistics_of(npz(tmp_path / "a.npz", arr_0=np.stack(expected)), name)
+    assert torch.equal(a.cov, b.cov) and torch.equal(a.mean, b.mean) and a.count == b.count
+    assert next(image_batches(tmp_path, 1, size=2)).shape == (1, 2, 2, 3)
+
+
+def test_memory_is_that_of_a_batch_of_files(tmp_path):
+    for k, image in enumerate(images(40, side=128)):
+        Image.fromarray(image).save(tmp_path / f"{k}.png")
+    assert peak(lambda: [batch.sum() for batch in image_batches(tmp_path, 4, size=128)]) < 1.2e6 < 40 * 3 * 128**2
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path):
+    (tmp_path / "class").mkdir()
+    for read in (count_images, statistics_of):
+        with pytest.raises(ValueError, match=r"must be .* or a folder of images: this folder has no images"):
+            read(tmp_path)
+    (tmp_path / "class" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"class/a\.png must be an image that can be read: cannot identify"):
+        list(image_batches(tmp_path))
+    (tmp_path / "samples.npz").touch()
+    with pytest.raises(ValueError, match=r"give the samples\.npz in it"):
+        count_images(tmp_path)
 
 
 # ---- extractors ------------------------------------------------------------------------------------------
@@ -383,6 +433,19 @@ def test_features_that_do_not_go_together_are_refused_by_name():
     with pytest.raises(ValueError, match=r"a\.npz has those by m:f and b\.npz those by m:g"):
         distance(statistics(4, "m:f", "a.npz"), statistics(4, "m:g", "b.npz"))
     assert distance(statistics(4, None, "a.npz"), statistics(4, "m:g", "b.npz")) == 0
+
+
+def test_a_distance_is_called_fid_only_for_the_inception(tmp_path):
+    """Whichever side says its features; not for another function of 2048 features."""
+
+    def called(*names):
+        return measure(*(Statistics(torch.zeros(1), torch.eye(1), None, name, "it") for name in names))
+
+    linear = load_features(str(script(tmp_path / "linear.pt", Linear(torch.zeros(48, 1))))).name
+    assert called("torch-fidelity, 2048 features", None) == "FID (torch-fidelity, 2048 features)"
+    assert called(None, linear) == f"FID ({linear[:29]})" and len(linear) == 85
+    assert called("m:f", None) == called(None, "m:f") == "Fréchet distance (m:f)"
+    assert called(None, None) == "Fréchet distance (features unknown)"
 
 
 def test_few_images_are_remarked_upon():

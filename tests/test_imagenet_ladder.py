@@ -5,6 +5,7 @@ Published weights become a folder, images become latents, then samples, posterio
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from imagenet.sit import build
 from imagenet.vae import VAE
 from mfm_ref import FlowMap, TrainConfig, meta_flow_map_loss, train
 from tests.imagenet_tiny import photographs, tiny_sit, tiny_vae
+
+PAGE = (Path(__file__).parent.parent / "imagenet" / "README.md").read_text()
 
 
 def mean_colours(images):
@@ -43,7 +46,7 @@ def ladder(tmp_path_factory):
     run(encode, f"--images {images} {vae} --out {latents} --size 64 --workers 0")
     common = f"--weights {weights} {vae} --guidance 2.5 --batch 8"
     run(sample, f"{common} --count 20 --steps 2 --out {home}/samples")
-    methods = "--methods mfm,glass,sde,again --evaluations 1,2 --glass-evaluations 2 --sde-steps 6"
+    methods = "--methods mfm,glass,sde,again --map-steps 1,2 --glass-steps 2 --sde-steps 6"
     run(posterior, f"{common} --latents {latents} --contexts 6 --draws 3 --times 0.2,0.6 {methods} --out {out}")
     features = "--features tests.test_imagenet_ladder:mean_colours"
     run(evaluate, f"fid --samples {home}/samples/samples.npz --reference {out}/clean/samples.npz {features}")
@@ -61,7 +64,7 @@ def test_every_step_leaves_what_the_next_one_reads(ladder):
     assert [(entry["t"], entry["method"], entry["evaluations"]) for entry in found["posteriors"]][:5] == [
         (0.2, "mfm", 1), (0.2, "mfm", 2), (0.2, "glass", 2), (0.2, "sde", 6), (0.2, "again", 6),
     ]  # fmt: skip
-    for name in ("t0.2.png", "t0.6.png", "recovery.png", "recovery.md", "values.png", "values.md"):
+    for name in ("t0.2.png", "t0.6.png", "recovery.png", "recovery.md", "values-redness.png", "values-redness.md"):
         assert (ladder / "posteriors" / name).stat().st_size > 0
     assert (ladder / "samples" / "grid.png").exists()
 
@@ -80,7 +83,7 @@ def test_the_distance_is_that_of_the_images(ladder):
     (mean, cov), (mean2, cov2) = laws
     right = ((mean - mean2) ** 2).sum() + np.trace(cov + cov2 - 2 * sqrtm(cov @ cov2).real)
     found = json.loads((ladder / "samples" / "fid.json").read_text())
-    assert found["fid"] == pytest.approx(right, rel=1e-5)
+    assert found["distance"] == pytest.approx(right, rel=1e-5)
 
 
 def test_the_trainer_of_the_core_takes_the_latents(ladder):
@@ -99,3 +102,25 @@ def test_the_trainer_of_the_core_takes_the_latents(ladder):
     values = [float(value.detach()) for value in losses]
     assert np.isfinite(values).all()
     assert np.mean(values[-10:]) < 0.9 * np.mean(values[:10])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_examples_of_the_page_run_at_this_size(ladder, number, monkeypatch):
+    """Steering without the reward's gradient, and training from a teacher: with these weights, and two steps."""
+    code = PAGE.split("```python")[number].split("```")[0]
+    FlowMap(tiny_sit("dmf", n_classes=len(os.listdir(ladder / "images")), noise_times=True)).save_pretrained(
+        ladder / "dmf"
+    )
+    for there, here in (
+        ("weights/mfm", "weights"), ("weights/dmf", "dmf"), ("stabilityai/sd-vae-ft-mse", "vae"), ("281", "1"),
+        ("data/latents", "latents"), ("steps=50", "steps=2"), ("100_000", "2"), ("batch=32", "batch=4"),
+    ):  # fmt: skip
+        code = code.replace(there, here)
+    monkeypatch.chdir(ladder)
+    names = {}
+    exec(code, names)
+    if number == 2:
+        assert names["images"].shape == (4, 4, 8, 8) and names["cost"].evaluations == 2 + 2 * 8 * 2
+    else:
+        assert len(names["losses"]) == 2
+        sample.main(["--weights", "weights/mine", "--count", "2", "--out", "of-mine"])

@@ -1,5 +1,7 @@
 """Latents drawn from moments: their law, their order, and what is refused; then all of it on photographs."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tests.helpers import LIMIT, z_scores
 from tests.imagenet_tiny import CLASSES, SIZE, photographs, tiny_sit, tiny_vae
 
 N, SHAPE, SCALE = 22, (2, 3, 2), 0.25
-VAE_HERE = {"id": "made up", "sha256": "1234"}
+VAE_HERE = {"id": "made up", "sha256": "1234", "scale": SCALE}
 STD = 0.125 * torch.tensor([1.0, 2.0]).reshape(2, 1, 1)  # of each channel
 
 
@@ -34,7 +36,7 @@ def made_up(folder, n=N, size=8, flips=True):
         arrays = shards.info(k)["arrays"]
         facts.append({"name": f"shard-{k:05d}", "sha256": {name: arrays[name]["sha256"] for name in arrays}})
     record = {
-        "format": encode.FORMAT, "vae": VAE_HERE, "scale": SCALE, "shape": list(SHAPE), "flips": flips,
+        "format": encode.FORMAT, "vae": VAE_HERE, "shape": list(SHAPE), "flips": flips,
         "counts": {"encoded": n}, "classes": ["a", "b", "c"], "shards": facts,
     }  # fmt: skip
     save_json(record, folder / "latents.json")
@@ -95,9 +97,12 @@ def test_mirror_images_that_are_not_there_are_refused(tmp_path):
 
 
 def test_another_vae_is_refused(folder):
-    assert Latents(folder, {"id": "another place", "sha256": "1234"}).n == N
-    with pytest.raises(ValueError, match=r"holds latents of the VAE made up \(sha256 1234\), .* got other \(5678\)"):
-        Latents(folder, {"id": "other", "sha256": "5678"})
+    assert Latents(folder, VAE_HERE | {"id": "another place"}).n == N
+    here = r"holds latents of the VAE made up \(sha256 1234, scale 0.25\), .*; "
+    with pytest.raises(ValueError, match=here + r"got other \(sha256 5678, scale 0.25\)"):
+        Latents(folder, VAE_HERE | {"id": "other", "sha256": "5678"})
+    with pytest.raises(ValueError, match=here + r"got made up \(sha256 1234, scale 1.0\)"):
+        Latents(folder, VAE_HERE | {"scale": 1.0})
 
 
 def test_unfinished_damaged_and_foreign_folders_are_refused(tmp_path):
@@ -222,6 +227,15 @@ def test_batches_that_cannot_be_are_refused(latents):
         LatentBatches(latents, 12, world=2)
     with pytest.raises(ValueError, match=r"the position must be one of data with .*'batch': 4.*got .*'batch': 5"):
         LatentBatches(latents, 4).load_state_dict(LatentBatches(latents, 5).state_dict())
+
+
+def test_a_position_is_one_in_these_latents(latents, folder, tmp_path):
+    """Wherever they lie; not in as many others."""
+    shutil.copytree(folder, tmp_path / "moved")
+    LatentBatches(Latents(tmp_path / "moved"), 4).load_state_dict(LatentBatches(latents, 4).state_dict())
+    others = LatentBatches(Latents(made_up(tmp_path / "others", flips=False)), 4)
+    with pytest.raises(ValueError, match=r"the position must be one in the latents of .*others .*, got one in others"):
+        others.load_state_dict(LatentBatches(latents, 4).state_dict())
 
 
 def test_without_mirror_images_none_is_drawn(tmp_path):

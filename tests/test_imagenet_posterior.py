@@ -4,6 +4,7 @@ The networks of the statistics are exact, as in test_imagenet_sample.py: the pos
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image
 from imagenet import encode, features
 from imagenet import posterior as script
 from imagenet import run as shared
-from imagenet.run import CONTEXTS, DRAWS, first_of
+from imagenet.npz import first_rows
+from imagenet.posterior import lines_of
+from imagenet.run import CONTEXTS, DRAWS
 from imagenet.vae import VAE, to_uint8
 from mfm_ref import FlowMap
 from mfm_ref.data import stream_seed
@@ -28,7 +31,7 @@ class Encoded:
     """What `imagenet.latents` reads: six images of two classes, with noise in their latents."""
 
     n, n_classes, shape, scale = 6, 2, Exact.shape, SCALE
-    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    labels, sha256 = torch.tensor([0, 0, 0, 1, 1, 1]), "of the moments"
 
     def __init__(self, folder, vae=None):
         self.found = torch.randn(6, 8, 1, 2, generator=torch.Generator().manual_seed(9))
@@ -42,7 +45,6 @@ class Encoded:
 def exact(monkeypatch, tmp_path):
     """A run with exact networks: `exact("--times", "0.3")` gives posterior.json and draws (contexts, draws, *D)."""
     (tmp_path / "weights").write_text("any")
-    (tmp_path / "latents.json").write_text("{}")
     monkeypatch.setattr(script, "Latents", Encoded)
     monkeypatch.setattr(shared, "load", lambda path, kind, **_: Exact(kind or "mfm"))
 
@@ -51,7 +53,7 @@ def exact(monkeypatch, tmp_path):
         script.main([*weights, "--out", str(tmp_path / out), *map(str, options)])
         record = json.loads((tmp_path / out / "posterior.json").read_text())
         folders = ["clean", *(one["folder"] for one in record["posteriors"])]
-        found = {name: first_of(tmp_path / out / name / "latents.npz", 10**6) for name in folders}
+        found = {name: first_rows(tmp_path / out / name / "latents.npz", 10**6) for name in folders}
         shape = (record["contexts"], -1, *Exact.shape)
         return record, {name: torch.from_numpy(x).reshape(shape) for name, x in found.items()}
 
@@ -97,7 +99,7 @@ def posterior(row, t, seed=0):
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.8])
 def test_every_method_draws_from_the_posterior(exact, t):
     """In each context, by moments; the posterior of another context does not pass."""
-    options = ("--methods", "mfm,glass,sde,again", "--evaluations", "1,3", "--glass-evaluations", 50, "--sde-steps", 50)
+    options = ("--methods", "mfm,glass,sde,again", "--map-steps", "1,3", "--glass-steps", 50, "--sde-steps", 50)
     record, found = exact("--times", t, "--contexts", 2, "--draws", 300, "--batch", 300, *options)
     assert record["rows"] == [0, 3] and record["labels"] == [0, 1]
 
@@ -114,7 +116,7 @@ def test_every_method_draws_from_the_posterior(exact, t):
 
 def test_few_steps_of_a_rollout_do_not(exact):
     """The judgement above sees a wrong law: one Euler step is the posterior's mean."""
-    _, found = exact("--times", 0.3, "--methods", "glass", "--glass-evaluations", 1, "--contexts", 1, "--draws", 5)
+    _, found = exact("--times", 0.3, "--methods", "glass", "--glass-steps", 1, "--contexts", 1, "--draws", 5)
     mean, _ = posterior(0, 0.3)
     assert torch.allclose(found["t0.3/glass-1"][0], mean.expand(5, *Exact.shape), atol=1e-5)
 
@@ -122,8 +124,8 @@ def test_few_steps_of_a_rollout_do_not(exact):
 @pytest.mark.parametrize(("steps", "tolerance"), [(50, 0.08), (400, 0.01)])
 def test_map_and_glass_carry_the_same_noise(exact, steps, tolerance):
     """X_{0,1}(ε) = mean + std ε, with the noise of image, draw and time; GLASS to first order in its step."""
-    options = ("--contexts", 2, "--draws", 3, "--batch", 4, "--seed", 2, "--evaluations", "1,2")
-    _, found = exact("--times", 0.4, "--methods", "mfm,glass", "--glass-evaluations", steps, *options)
+    options = ("--contexts", 2, "--draws", 3, "--batch", 4, "--seed", 2, "--map-steps", "1,2")
+    _, found = exact("--times", 0.4, "--methods", "mfm,glass", "--glass-steps", steps, *options)
     for c, row in enumerate((0, 3)):
         mean, std = posterior(row, 0.4, seed=2)
         for d in range(3):
@@ -139,7 +141,7 @@ def test_clean_images_have_the_noise_of_their_encoder(exact):
 
 
 def test_draws_depend_neither_on_their_number_nor_on_the_batch(exact):
-    options = ("--times", "0,0.5", "--methods", "mfm,sde", "--evaluations", 2, "--sde-steps", 4, "--contexts", 3)
+    options = ("--times", "0,0.5", "--methods", "mfm,sde", "--map-steps", 2, "--sde-steps", 4, "--contexts", 3)
     _, many = exact(*options, "--draws", 5, "--batch", 8, out="many")
     _, few = exact(*options, "--draws", 2, "--batch", 1, out="few")
     assert all(torch.allclose(few[name], many[name][:, : few[name].shape[1]], atol=1e-5) for name in few)
@@ -147,7 +149,7 @@ def test_draws_depend_neither_on_their_number_nor_on_the_batch(exact):
 
 def test_no_noise_is_used_twice(exact):
     """Between draws, contexts, times and rollouts; only map and GLASS share theirs."""
-    options = ("--evaluations", 1, "--glass-evaluations", 1, "--sde-steps", 1, "--draws", 2, "--contexts", 2)
+    options = ("--map-steps", 1, "--glass-steps", 1, "--sde-steps", 1, "--draws", 2, "--contexts", 2)
     seen, generator_of = [], shared.generator_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "generator_of", lambda *numbers: seen.append(numbers) or generator_of(*numbers))
@@ -169,7 +171,7 @@ def test_rollouts_have_the_drift_and_the_guidance_of_the_teacher(exact, tmp_path
     """At t = 0 in one step a draw is the guided mean; a SiT guides 3 channels of 4. Evaluations are the teacher's."""
     options = [str(tmp_path / o) if o == "weights" else o for o in options]
     record, found = exact(
-        "--times", 0, "--methods", "glass,sde", "--glass-evaluations", 1, "--sde-steps", 1, "--contexts", 1, *options
+        "--times", 0, "--methods", "glass,sde", "--glass-steps", 1, "--sde-steps", 1, "--contexts", 1, *options
     )
     for one in record["posteriors"]:
         assert torch.allclose(found[one["folder"]][0], mean.expand(4, *Exact.shape), atol=1e-5)
@@ -184,7 +186,7 @@ def arguments(tiny, out, *options, vae=True):
     given = ["--weights", str(tiny / "mfm"), "--latents", str(tiny / "latents"), "--out", str(out)]
     given += ["--vae", str(tiny / "vae")] if vae else []
     given += ["--contexts", "3", "--draws", "2", "--batch", "4", "--sde-steps", "2", "--guidance", "2.5"]
-    return [*given, "--evaluations", "1,2", "--glass-evaluations", "1", "--times", "0,0.5", *options]
+    return [*given, "--map-steps", "1,2", "--glass-steps", "1", "--times", "0,0.5", *options]
 
 
 def contents(folder):
@@ -213,7 +215,7 @@ def test_a_folder_for_each_time_method_and_number_of_steps(tiny, whole):
         for method, steps, each in kinds
     ]
     assert (record["contexts"], record["draws"], record["rows"]) == (3, 2, [0, 8, 16])
-    assert record["labels"] == [0, 0, 1]
+    assert record["labels"] == [0, 0, 1] and record["order"] == "draw d in context c is row c * draws + d"
     assert record["teacher"]["guidance"] == {"by": "classifier-free guidance", "scale": 1.5, "channels": 4}
     assert record["guidance"] == {"by": "an input of the network", "scale": 2.5}
     for one in record["posteriors"]:
@@ -221,7 +223,7 @@ def test_a_folder_for_each_time_method_and_number_of_steps(tiny, whole):
         assert features.count_images(path) == 6
         with np.load(path) as file:
             assert file["arr_0"].shape == (6, 64, 64, 3) and file["arr_1"].tolist() == [0, 0, 0, 0, 1, 1]
-    assert not list(whole.rglob("shards"))
+    assert not list(whole.rglob(".*"))
 
 
 def test_clean_images_are_those_that_were_encoded(tiny, whole):
@@ -233,32 +235,57 @@ def test_clean_images_are_those_that_were_encoded(tiny, whole):
         drawn.append(0.18215 * (mean + std * torch.randn(4, 8, 8, generator=source(0, row, CONTEXTS))))
     with torch.no_grad():
         expected = to_uint8(vae.decode(torch.stack(drawn)))
-    assert np.abs(first_of(whole / "clean" / "samples.npz", 3).astype(int) - expected).max() <= 1
+    assert np.abs(first_rows(whole / "clean" / "samples.npz", 3).astype(int) - expected).max() <= 1
 
 
 def test_a_picture_for_each_time(whole):
-    """As wide as clean, noised and two draws by each of four, and as high as the contexts."""
+    """As wide as clean, noised and two draws by each of four, and as high as the contexts; images are large enough."""
     for name in ("t0.png", "t0.5.png"):
         with Image.open(whole / name) as page:
-            assert page.width / page.height == pytest.approx(10 / 3, rel=0.2)
+            pixels = np.asarray(page.convert("RGB"))
+        filled = (pixels < 250).any(2)
+        rows, columns = (np.flatnonzero(filled.mean(axis) > 0.4) for axis in (1, 0))
+        assert rows[-1] - rows[0] > 3 * 200 and columns[-1] - columns[0] > 10 * 200
 
 
 def test_pictures_show_what_was_drawn(tiny, whole, monkeypatch):
-    shown = {}
-    mosaic = script.mosaic
-    monkeypatch.setattr(script, "mosaic", lambda images: shown.setdefault(len(shown), images) is None or mosaic(images))
-    script.main(arguments(tiny, whole, "--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5", "--pictured", "2"))
-    assert len(shown) == 2 * (2 + 4)
-    assert np.array_equal(shown[0][:, 0], first_of(whole / "clean" / "samples.npz", 2))
-    assert np.array_equal(shown[2], first_of(whole / "t0" / "mfm-1" / "samples.npz", 4).reshape(2, 2, 64, 64, 3))
-    page = mosaic(shown[2])
-    assert page.shape == (128, 128, 3) and np.array_equal(page[64:, :64], shown[2][1, 0])
+    """In contexts spread over all: the first and the last two thirds of three."""
+    seen, page_of = [], script.page_of
+    monkeypatch.setattr(script, "lines_of", lambda panels: seen.append(panels) or lines_of(panels))
+    teacher = ("--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5")
+    script.main(arguments(tiny, whole, *teacher, "--pictured", "2"))
+    names = ["clean", "noised", "MFM, 1 step", "MFM, 2 steps", "GLASS, 1 step", "SDE, 2 steps"]
+    assert [list(panels) for panels in seen] == [names, names]
+    shown = seen[0]
+    assert np.array_equal(shown["clean"][:, 0], first_rows(whole / "clean" / "samples.npz", 3)[[0, 1]])
+    draws = first_rows(whole / "t0" / "mfm-1" / "samples.npz", 6).reshape(3, 2, 64, 64, 3)
+    assert np.array_equal(shown["MFM, 1 step"], draws[[0, 1]])
+    page = page_of([shown["clean"], shown["MFM, 1 step"]])
+    assert page.shape == (2 * 66, 3 * 66, 3)
+    assert np.array_equal(page[66:130, 66:130], draws[1, 0])
+    assert (page[64:66] == 255).all() and (page[:, 64:66] == 255).all()
+
+
+@pytest.mark.parametrize(("n", "contexts", "expected"), [(4, 8, [0, 2, 4, 6]), (4, 3, [0, 1, 2]), (1, 5, [0])])
+def test_pictured_contexts_are_spread_over_all(n, contexts, expected):
+    assert script.pictured(script.PosteriorOptions(pictured=n, contexts=contexts)) == expected
+
+
+def test_panels_are_in_lines_that_a_page_holds():
+    panels = {str(k): np.zeros((1, k, 1, 1, 3)) for k in (4, 5, 2, 8, 12)}
+    assert [list(line) for line in lines_of(panels)] == [["4", "5"], ["2", "8"], ["12"]]
+
+
+def test_some_rows_of_a_file(tmp_path):
+    array = np.arange(60, dtype=np.float32).reshape(10, 3, 2)
+    np.savez(tmp_path / "x.npz", arr_0=array)
+    assert np.array_equal(script.rows_of(tmp_path / "x.npz", [0, 3, 9]), array[[0, 3, 9]])
 
 
 def test_latents_alone_have_no_pictures(tiny, tmp_path):
     script.main(arguments(tiny, tmp_path, "--methods", "mfm", "--times", "0.5", vae=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clean", "posterior.json", "t0.5"]
-    assert first_of(tmp_path / "t0.5" / "mfm-1" / "latents.npz", 9).shape == (6, 4, 8, 8)
+    assert first_rows(tmp_path / "t0.5" / "mfm-1" / "latents.npz", 9).shape == (6, 4, 8, 8)
 
 
 # ---- resuming, and what is refused -----------------------------------------------------------------------
@@ -266,7 +293,7 @@ def test_latents_alone_have_no_pictures(tiny, tmp_path):
 
 def test_a_run_that_stopped_goes_on_and_may_grow(tiny, tmp_path, monkeypatch):
     """An error within a folder; then the rest of it, with more times, methods and steps, and the same bytes."""
-    more = ("--methods", "sde,mfm,again", "--evaluations", "4,1")
+    more = ("--methods", "sde,mfm,again", "--map-steps", "4,1")
     script.main(arguments(tiny, tmp_path / "whole", *more, vae=False))
     made, draw = [], script.draw
 
@@ -304,10 +331,15 @@ def test_a_run_that_stopped_goes_on_and_may_grow(tiny, tmp_path, monkeypatch):
         (("--batch", "0"), "--batch must be an integer >= 1, got 0"),
         (("--pictured", "0"), "--pictured must be an integer >= 1, got 0"),
         (("--seed", "-1"), "--seed must be an integer >= 0, got -1"),
-        (("--sde-steps", "0"), "every number of steps must be an integer >= 1, got 0"),
-        (("--evaluations", "1,0"), "every number of steps must be an integer >= 1, got 0"),
-        (("--evaluations", "1,1"), "--evaluations must be different numbers, separated by commas, got '1,1'"),
-        (("--glass-evaluations", "1.5"), "--glass-evaluations must be different numbers, .*, got '1.5'"),
+        (("--sde-steps", "0"), "--sde-steps must be an integer >= 1, got 0"),
+        (("--map-steps", "1,0"), "--map-steps must be an integer >= 1, got 0"),
+        (("--glass-steps", "0,2"), "--glass-steps must be an integer >= 1, got 0"),
+        (("--map-steps", "1,1"), "--map-steps must be different numbers, separated by commas, got '1,1'"),
+        (("--glass-steps", "1.5"), "--glass-steps must be different numbers, .*, got '1.5'"),
+        (("--teacher-guidance", "1.5"), "--teacher-guidance needs a --teacher"),
+        (("--teacher-kind", "dmf"), "--teacher-kind needs a --teacher"),
+        (("--guided-channels", "3"), "--guided-channels must be left out where there is no classifier-free guidance"),
+        (("--times", "0.5,0.5000001"), "--times must have at most 6 decimals, got 0.5,0.5000001"),
         (("--times", "early"), "--times must be different numbers, separated by commas, got 'early'"),
         (("--times", ""), "--times must be different numbers, separated by commas, got ''"),
         (("--times", "0.5,1"), r"--times must lie in \[0, 1\), got 0.5,1"),
@@ -331,7 +363,35 @@ def test_a_folder_of_other_settings_is_refused(tiny, whole):
     for options, message in (
         (("--draws", "3"), "draws was 2 and is 3"),
         (("--seed", "1"), "seed was 0 and is 1"),
-        (teacher, r"t0/glass-1/settings.json belongs .*teacher was \['[0-9a-f]+', .*1.5"),
+        (teacher, r"t0/glass-1/settings.json belongs .*teacher was \{'weights': '[0-9a-f]+', .*1.5"),
     ):
         with pytest.raises(SystemExit, match=f"imagenet.posterior: .*{message}"):
             script.main(arguments(tiny, whole, *options))
+
+
+def test_a_run_of_less_leaves_the_list_whole(tiny, whole, tmp_path):
+    """All folders that agree are listed, whichever run made them; not one without its draws, nor of another teacher."""
+    teacher = ("--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    wanted = json.loads((whole / "posterior.json").read_text())
+    for name in (".12.posterior.json", ".12.t0.png"):
+        (tmp_path / name).touch()
+    script.main(arguments(tiny, tmp_path, *teacher, "--times", "0.5", "--methods", "mfm", "--map-steps", "1"))
+    assert json.loads((tmp_path / "posterior.json").read_text()) == wanted
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "t0" / "mfm-2" / "samples.npz").unlink()
+    script.main(arguments(tiny, tmp_path, "--times", "0.5", "--methods", "mfm", "--map-steps", "1"))
+    found = json.loads((tmp_path / "posterior.json").read_text())["posteriors"]
+    assert [one["folder"] for one in found] == ["t0/mfm-1", "t0.5/mfm-1", "t0.5/mfm-2"]
+
+
+def test_the_same_latents_elsewhere_are_the_same(tiny, whole, tmp_path):
+    """By what is in them; latents.json also says where the VAE was."""
+    shutil.copytree(tiny / "latents", tmp_path / "latents")
+    record = json.loads((tmp_path / "latents" / "latents.json").read_text())
+    record["vae"]["id"] = "elsewhere"
+    (tmp_path / "latents" / "latents.json").write_text(json.dumps(record))
+    before = contents(whole / "clean")
+    teacher = ("--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5")
+    script.main(arguments(tiny, whole, *teacher, "--latents", str(tmp_path / "latents")))
+    assert contents(whole / "clean") == before

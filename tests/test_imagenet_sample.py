@@ -4,26 +4,24 @@ The networks of the statistics are exact: the Meta Flow Map of one Gaussian a cl
 of their noise. The others are tiny, with random weights.
 """
 
-import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
 from imagenet import run as shared
 from imagenet import sample as script
-from imagenet.run import SAMPLES, first_of, grid, labels_for, write_npz
+from imagenet.checkpoints import load, to_state
+from imagenet.npz import first_rows, write_npz
+from imagenet.run import SAMPLES, grid, labels_for
 from imagenet.vae import VAE, to_uint8
 from mfm_ref import FlowMap
 from mfm_ref.data import stream_seed
@@ -164,7 +162,7 @@ def test_the_flow_carries_each_noise_to_its_sample(exact, kind, options, toleran
 @pytest.mark.parametrize(("method", "share"), [("euler", 0.0), ("heun", 0.5)])
 def test_one_step_along_the_drift(exact, method, share):
     """b₀ = m − ε leads to m, and b₁(m) = m: Euler's step ends at m, Heun's at m + ε/2, the midpoint's elsewhere."""
-    x, y, _ = exact("sit", "--method", method, "--count", 3)
+    x, y, _ = exact("sit", "--method", method, "--steps", 1, "--count", 3)
     for i in range(3):
         assert torch.allclose(x[i], MEANS[y[i]] + share * noises(i, 1)[0], atol=1e-5, rtol=0)
 
@@ -218,13 +216,15 @@ def test_guidance_is_an_input_where_there_is_one(tiny, tmp_path):
     for w in ("1", "2.5"):
         options = ["--weights", str(tiny / "mfm"), "--method", "map", "--count", "3", "--labels", "1"]
         script.main([*options, "--guidance", w, "--out", str(tmp_path / w)])
-        found[w] = first_of(tmp_path / w / "latents.npz", 3)
+        found[w] = first_rows(tmp_path / w / "latents.npz", 3)
         assert json.loads((tmp_path / w / "settings.json").read_text())["evaluations_per_sample"] == 1
     X, eps = FlowMap(tiny_sit("mfm", n_classes=3)), torch.stack([noises(i, 1, (4, 8, 8))[0] for i in range(3)])
-    with torch.no_grad():
-        expected = {w: X(0, 1, eps, 0, torch.zeros_like(eps), torch.ones(3).long(), float(w)).numpy() for w in found}
-    assert all(np.allclose(found[w], expected[w], atol=1e-5) for w in found)
-    assert np.abs(found["1"] - found["2.5"]).max() > 1e-2
+    for w, other in (("1", "2.5"), ("2.5", "1")):
+        with torch.no_grad():
+            expected, blank = (X(0, 1, eps, 0, x, torch.ones(3).long(), float(w)) for x in (eps, torch.zeros_like(eps)))
+        assert np.allclose(found[w], expected, atol=1e-5)
+        assert np.abs(found[other] - expected.numpy()).max() > 1e-2
+        assert np.abs(found[w] - blank.numpy()).max() > 1e-3  # the context of the map at t = 0 is its noise
 
 
 # ---- labels ----------------------------------------------------------------------------------------------
@@ -254,39 +254,6 @@ def test_labels_do_not_depend_on_their_number(kind):
 
 
 # ---- files -----------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.integers(1, 4), min_size=1, max_size=5),
-    st.lists(st.integers(1, 3), max_size=3),
-    st.sampled_from(["uint8", "float32"]),
-    st.integers(1, 30),
-)
-def test_arrays_are_joined_as_numpy_writes_them(tmp_path_factory, lengths, shape, dtype, first):
-    path, rng = tmp_path_factory.mktemp("npz") / "joined.npz", np.random.default_rng(0)
-    parts = [(100 * rng.random((n, *shape))).astype(dtype) for n in lengths]
-    labels = np.arange(sum(lengths))
-    write_npz(path, parts, labels)
-    expected = io.BytesIO()
-    np.savez(expected, arr_0=np.concatenate(parts), arr_1=labels)
-    with zipfile.ZipFile(path) as found, zipfile.ZipFile(expected) as wanted:
-        assert found.testzip() is None and found.namelist() == wanted.namelist() == ["arr_0.npy", "arr_1.npy"]
-        assert all(found.read(name) == wanted.read(name) for name in found.namelist())
-        assert {one.date_time for one in found.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # so that bytes can be compared
-    assert np.array_equal(first_of(path, first), np.concatenate(parts)[:first])
-
-
-def test_arrays_are_joined_in_constant_memory(tmp_path):
-    """Of 16 parts of 1 MB, mapped from files, one at a time is in memory."""
-    np.save(tmp_path / "part.npy", np.arange(2**20, dtype=np.uint8))
-    part = np.load(tmp_path / "part.npy", mmap_mode="r")
-    tracemalloc.start()
-    write_npz(tmp_path / "joined.npz", [part] * 16, np.zeros(2**24, np.int8))
-    labels = 2**24  # bytes
-    peak = tracemalloc.get_traced_memory()[1] - labels
-    tracemalloc.stop()
-    assert peak < 2**21
-    assert (tmp_path / "joined.npz").stat().st_size > 2 * 2**24
 
 
 def test_a_grid_has_its_images_row_by_row():
@@ -339,9 +306,11 @@ def test_images_are_decoded_latents(tiny, whole, tmp_path):
 def test_settings_say_what_made_the_samples(tiny, whole):
     record = json.loads((whole / "settings.json").read_text())
     assert record["settings"]["steps"] == 2 and record["settings"]["labels"] == "balanced"
-    assert record["network"] == tiny_sit("mfm", n_classes=3).config
-    assert record["weights"]["bytes"] == (tiny / "mfm" / "model.safetensors").stat().st_size
+    assert record["settings"]["network"] == tiny_sit("mfm", n_classes=3).config
+    assert record["weights"]["from"] == str(tiny / "mfm")
     assert len(record["weights"]["sha256"]) == 64 and record["settings"]["weights"] == record["weights"]["sha256"]
+    assert record["settings"]["vae"] == {name: record["vae"][name] for name in ("sha256", "scale")}
+    assert not {"kind", "num_heads", "encoder_depth"} & record["settings"].keys()
     assert record["vae"] == VAE.load(str(tiny / "vae")).identity | {"id": str(tiny / "vae")}
     assert record["guidance"] == {"by": "an input of the network", "scale": 2.5}
     assert (record["samples"], record["evaluations_per_sample"], record["device"]) == (7, 2, "cpu")
@@ -379,7 +348,7 @@ def test_the_network_is_compiled_where_that_is_asked_for(tiny, tmp_path, monkeyp
     assert not calls
     script.main([*options, "--compile", "--out", str(tmp_path / "compiled")])
     assert calls == [("velocity", False, 2), ("velocity", False, 1)]
-    a, b = (first_of(tmp_path / name / "latents.npz", 3) for name in ("eager", "compiled"))
+    a, b = (first_rows(tmp_path / name / "latents.npz", 3) for name in ("eager", "compiled"))
     assert np.array_equal(a, b)
 
 
@@ -407,7 +376,7 @@ def test_a_run_that_was_killed_goes_on(tiny, tmp_path):
     """SIGKILL at the third of four batches; to the same bytes."""
     result = subprocess_of("-c", KILLED, *options_of(tiny, tmp_path / "killed", vae=False))
     assert result.returncode == -9, result.stderr
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["shards"]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".parts"]
     for name in ("killed", "whole"):
         script.main(options_of(tiny, tmp_path / name, vae=False))
     assert same(tmp_path / "killed", tmp_path / "whole")
@@ -426,8 +395,9 @@ def test_finished_batches_are_not_made_again(tiny, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(script, "draw", failing)
     with pytest.raises(MemoryError):
         script.main(options_of(tiny, tmp_path))
-    (tmp_path / ".123.samples.npz").touch()  # as of a process that died in writing it
-    shards = (tmp_path / "shards").glob("shard-*")
+    for name in (".123.samples.npz", ".123.grid.png", ".45.settings.json"):  # as of a process that died in writing it
+        (tmp_path / name).touch()
+    shards = (tmp_path / ".parts").glob("shard-*")
     assert sorted(path.name for path in shards) == ["shard-00000", "shard-00001"]
     script.main(options_of(tiny, tmp_path))
     assert made == [2, 2, 2, 2, 1]
@@ -435,13 +405,68 @@ def test_finished_batches_are_not_made_again(tiny, whole, tmp_path, monkeypatch)
 
 
 def test_a_run_that_is_finished_is_kept(tiny, whole, tmp_path, monkeypatch, capsys):
-    """Shards that a process left as it died at the very end go; options that change nothing may change."""
+    """Parts that a process left as it died at the very end go, before it removed them and meanwhile."""
     before = {path: path.read_bytes() for path in whole.iterdir()}
-    (whole / "shards").mkdir()
+    settings = json.loads((whole / "settings.json").read_text())["settings"]
+    for name in (".parts", ".123.old..parts"):
+        (whole / name).mkdir()
+        (whole / name / "settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(script, "draw", None)
     script.main(options_of(tiny, whole))
     assert {path: path.read_bytes() for path in whole.iterdir()} == before
     assert "samples.npz: 7 samples of 2 evaluations each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [0, 1000, 10**6])
+def test_a_finished_run_without_its_samples_is_made_again(tiny, whole, tmp_path, left):
+    """The file is missing, or cut short; then it has too few samples."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "samples.npz"
+    if left == 10**6:
+        write_npz(path, [np.zeros((6, 64, 64, 3), np.uint8)], np.zeros(6, np.int64))
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    if not left:
+        path.unlink()
+    script.main(options_of(tiny, tmp_path))
+    assert same(tmp_path, whole)
+
+
+def test_folders_and_files_of_others_stay(tiny, tmp_path):
+    """Parts are kept out of the way of a user's data, and what is in theirs is refused."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "mine").touch()
+    script.main(options_of(tiny, tmp_path, vae=False))
+    assert (tmp_path / "shards" / "mine").exists()
+    (tmp_path / "other" / ".parts").mkdir(parents=True)
+    (tmp_path / "other" / ".parts" / "mine").touch()
+    with pytest.raises(SystemExit, match="must be a new folder or one of this run, found mine"):
+        script.main(options_of(tiny, tmp_path / "other", vae=False))
+    assert (tmp_path / "other" / ".parts" / "mine").exists()
+    for content in ({"editor.fontSize": 12}, {"settings": 3}):
+        (tmp_path / "other" / "settings.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match=r"settings.json must be one that this script wrote, and is of something"):
+            script.main(options_of(tiny, tmp_path / "other", vae=False))
+
+
+def test_a_file_and_a_folder_of_the_same_weights_are_the_same(tiny, tmp_path):
+    """And of other sizes, which a file does not tell, another network: half of its samples would not be the others'."""
+    torch.save(to_state(tiny_sit("mfm", n_classes=3, noise_times=True), "mfm"), tmp_path / "mfm.pt")
+    file = load(tmp_path / "mfm.pt", "mfm", num_heads=4, encoder_depth=3)
+    FlowMap(file).save_pretrained(tmp_path / "folder")
+    read = ["--weights", str(tmp_path / "mfm.pt"), "--kind", "mfm", "--num-heads", "4", "--encoder-depth"]
+    script.main(options_of(tiny, tmp_path / "out", "--weights", str(tmp_path / "folder"), vae=False))
+    script.main(options_of(tiny, tmp_path / "out", *read, "3", vae=False))
+    with pytest.raises(SystemExit, match=r"network was .*'encoder_depth': 3.* and is .*'encoder_depth': 1"):
+        script.main(options_of(tiny, tmp_path / "out", *read, "1", vae=False))
+
+
+def test_another_scale_of_the_vae_is_another_run(tiny, whole, tmp_path):
+    shutil.copytree(tiny / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
+    with pytest.raises(SystemExit, match=r"vae was .*'scale': 0.18215.* and is .*'scale': 1.0"):
+        script.main(options_of(tiny, whole, "--vae", str(tmp_path / "vae")))
 
 
 @pytest.mark.parametrize(
@@ -466,7 +491,7 @@ def test_shards_of_other_settings_are_refused(tiny, tmp_path, monkeypatch):
     for options, message in (
         (("--seed", "1"), "seed was 0 and is 1"),
         (("--weights", str(tmp_path / "other")), "weights was '[0-9a-f]{64}' and is"),
-        (("--vae", str(tiny_vae(tmp_path / "vae", seed=1))), "vae was '[0-9a-f]{64}' and is"),
+        (("--vae", str(tiny_vae(tmp_path / "vae", seed=1))), "vae was {'sha256': '[0-9a-f]{64}', .* and is"),
     ):
         with pytest.raises(SystemExit, match=f"other settings.*{message}"):
             script.main(options_of(tiny, tmp_path, *options))
@@ -482,7 +507,9 @@ def test_shards_of_other_settings_are_refused(tiny, tmp_path, monkeypatch):
         (("--kind", "sit"), "holds a network of the kind 'mfm', got kind='sit'"),
         (("--count", "0"), "--count must be an integer >= 1, got 0"),
         (("--batch", "0"), "--batch must be an integer >= 1, got 0"),
-        (("--steps", "0"), "--steps must be an integer >= 1, got 0"),
+        (("--steps", "-1"), "--steps must be an integer >= 0, got -1"),
+        (("--method", "euler", "--steps", "0"), "--steps must be given with --method euler, such as 50"),
+        (("--method", "sde", "--steps", "0"), "--steps must be given with --method sde, such as 50"),
         (("--seed", "-1"), "--seed must be an integer >= 0, got -1"),
         (("--device", "cuda:99"), "--device must be one that this torch computes on, got 'cuda:99': there are "),
         (("--device", "abacus"), "--device must be one that this torch computes on, got 'abacus': "),
@@ -490,6 +517,8 @@ def test_shards_of_other_settings_are_refused(tiny, tmp_path, monkeypatch):
         (("--guidance", "nan"), "--guidance must be a number >= 1, got nan"),
         (("--guidance", "4"), r"--guidance must be one of the scales that these weights know, \[1.0, 2.5\], got 4.0"),
         (("--guided-channels", "5"), "--guided-channels must be at least 0 and at most 4, got 5"),
+        (("--guided-channels", "3", "--guidance", "2.5"), "--guided-channels must be left out where there is no class"),
+        (("--weights", "{sit}", "--method", "heun", "--guided-channels", "3"), "--guided-channels must be left out"),
         (("--labels", "3"), "--labels must be balanced, random or a class from 0 to 2, got '3'"),
         (("--labels", "-1"), "--labels must be balanced, random or a class from 0 to 2, got '-1'"),
         (("--labels", "cats"), "--labels must be balanced, random or a class from 0 to 2, got 'cats'"),

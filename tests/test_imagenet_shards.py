@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagenet.shards import Shards, own_parts, parts_of, sha256_of, work
+from imagenet import shards as shards_module
+from imagenet.shards import Shards, differences, own_parts, parts_of, sha256_of, work
 from mfm_ref.distributed import Process
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,9 @@ def test_a_damaged_array_is_refused_with_its_name(tmp_path, harm):
         np.save(path, np.array([{}] * 5), allow_pickle=True)
     elif harm != "missing":
         path.write_bytes(left[harm])
-    with pytest.raises(ValueError, match=r"shard-00001/squares.npy must be an array that can be read; remove .*00001"):
+    with pytest.raises(
+        ValueError, match=r"shard-00001/squares.npy must be an array that can be read: .*; remove .*00001 and run"
+    ):
         shards.read(1, "squares")
     with pytest.raises(ValueError, match=r"shard-00001/squares.npy must have the sha256"):
         shards.verify(1)
@@ -117,9 +120,14 @@ def test_another_array_is_refused(tmp_path):
         shards.read(1, "squares")
     with pytest.raises(ValueError, match=r"info.json must say what cubes is: KeyError"):
         shards.read(1, "cubes")
-    (tmp_path / "shard-00001" / "info.json").write_text("{")
-    with pytest.raises(ValueError, match=r"shard-00001/info.json must be a readable JSON file"):
-        shards.read(1, "squares")
+    path = tmp_path / "shard-00001" / "info.json"
+    path.write_text("{")
+    for _ in range(2):  # damaged, then missing
+        with pytest.raises(
+            ValueError, match=r"info.json must be a readable JSON file: .*; remove .*shard-00001 and run"
+        ):
+            shards.read(1, "squares")
+        path.unlink(missing_ok=True)
 
 
 def test_a_changed_value_shows_in_the_checksum(tmp_path):
@@ -161,6 +169,20 @@ def test_settings_are_kept_and_others_refused(tmp_path):
     ):
         Shards(tmp_path, others)
     assert contents(tmp_path) == before
+    assert differences(SETTINGS, SETTINGS | {"seed": 4}) == "seed was 3 and is 4"
+    assert differences(SETTINGS, dict(SETTINGS)) == ""
+
+
+@pytest.mark.parametrize("name", ["holiday.jpg", "shard-00000"])
+def test_a_folder_of_other_things_is_refused(tmp_path, name):
+    """Parts without settings.json may be of any run."""
+    (tmp_path / ".99.settings.json").touch()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"must be a new folder or one of this run, found {name} and no settings.js"):
+        Shards(tmp_path, SETTINGS)
+    assert {path.name for path in tmp_path.iterdir()} == {".99.settings.json", name}
+    (tmp_path / name).rmdir()
+    assert Shards(tmp_path, SETTINGS).settings["seed"] == 3
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
@@ -232,20 +254,6 @@ def test_processes_share_the_parts(tmp_path):
     assert contents(tmp_path / "three") == contents(tmp_path / "whole")
 
 
-def test_the_number_of_rows_may_grow_where_settings_allow(tmp_path):
-    """A last part that was shorter is made anew; other rows are another job's."""
-    started(tmp_path, 12)
-    shards = Shards(tmp_path, SETTINGS)
-    assert own_parts(shards, parts_of(23, 5), ALONE) == [2, 3, 4]
-    started(tmp_path, 23)
-    started(tmp_path / "whole", 23)
-    assert {name: c for name, c in contents(tmp_path).items() if "whole" not in name} == contents(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"shard-00002 must hold the rows \[10, 12\], got \[10, 15\]"):
-        work(shards, parts_of(12, 5), make, process=ALONE)
-    with pytest.raises(ValueError, match=r"shard-00001 must hold the rows \[4, 8\], got \[5, 10\]"):
-        work(shards, parts_of(23, 4)[:2], make, process=Process(1, 2, CPU))
-
-
 def test_only_one_part_is_in_memory(tmp_path):
     before = []
 
@@ -269,6 +277,25 @@ def test_the_bar_counts_rows_and_those_of_before(tmp_path, capsys):
     work(shards, parts, make, process=ALONE, progress="a job")
     shown = capsys.readouterr().err
     assert "a job" in shown and "18/23" in shown
+
+
+def test_the_bar_moves_inside_a_part(tmp_path, monkeypatch):
+    """And ends at the number of rows, however many of them `make` told of."""
+    shards, bars = Shards(tmp_path, {}), []
+
+    class Bar(shards_module.tqdm):
+        def update(self, n=1):
+            bars.append(self.n + n)
+            return super().update(n)
+
+    def tells(rows):
+        for _ in rows[1:]:
+            shards.advance(1)
+        return make(rows)
+
+    monkeypatch.setattr(shards_module, "tqdm", Bar)
+    work(shards, parts_of(7, 4), tells, process=ALONE, progress="a job")
+    assert bars == [1, 2, 3, 4, 5, 6, 7]
 
 
 # ---- two processes ---------------------------------------------------------------------------------------

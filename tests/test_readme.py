@@ -117,7 +117,7 @@ def test_links_lead_somewhere(text, folder):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
     for link in links:
-        assert (folder / link).exists(), link
+        assert (folder / link.partition("#")[0]).exists(), link
 
 
 def test_every_equation_names_functions_that_exist():
@@ -180,7 +180,5 @@ def test_options_of_the_imagenet_commands_exist(command, monkeypatch):
     for name in ("run", "locate", "_own", "check_device"):
         if hasattr(script, name):
             monkeypatch.setattr(script, name, begun)
-    if module.endswith("evaluate"):
-        monkeypatch.setattr(script, "COMMANDS", {k: (c, begun, text) for k, (c, _, text) in script.COMMANDS.items()})
     with pytest.raises(SystemExit, match=stopped):
         script.main(options)
