@@ -1,5 +1,6 @@
 """What the command lines of this rung share, with a network or without one."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,11 +29,16 @@ def numbers(text: str, name: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError for a device that torch does not have; a GPU is not touched, which other processes may own."""
+    """Raise ValueError for a device that torch does not have; a GPU is not touched, which other processes may own.
+
+    Under torchrun, the GPU is the one of this process, as in `mfm_ref.distributed.processes`.
+    """
     try:
         place = torch.device(device)
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+        shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        index = int(os.environ["LOCAL_RANK"]) if shared else place.index or 0
+        if place.type == "cuda" and index >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs, and none of number {index}")
         if place.type != "cuda":
             torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:

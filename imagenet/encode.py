@@ -39,7 +39,7 @@ from imagenet.shards import Arrays, Shards, own_parts, parts_of, work
 from imagenet.vae import VAE
 from mfm_ref.checks import check_count
 from mfm_ref.distributed import Process, processes
-from mfm_ref.files import remove_folder, save_json
+from mfm_ref.files import save_json
 from mfm_ref.options import option, parse
 
 FORMAT = "mfm_ref latents 1"
@@ -95,7 +95,7 @@ def run(config: EncodeConfig) -> dict[str, Any]:
         shards = Shards(config.out, settings_of(config, listing, vae))
         if process.rank == 0 and listing.loose:
             print(f"{config.images}: {listing.loose} images beside the class folders are left out", file=sys.stderr)
-        _remove_mended(_Images(listing, config.size), shards, parts, process)
+        shards.renew(_mended(_Images(listing, config.size), shards, parts, process))
         job = _Encoding(config, listing, vae, shards, parts, process)
         work(shards, parts, job.make, process=process, progress="images encoded")
         record = record_of(config, listing, vae, shards, len(parts))
@@ -261,12 +261,14 @@ class _Images(Dataset[Item]):
             return k, f"{type(error).__name__}: {error}"
 
 
-def _remove_mended(images: _Images, shards: Shards, parts: list[range], process: Process) -> None:
-    """Remove the shards of this process that lack an image which can be read now: they are made anew."""
+def _mended(images: _Images, shards: Shards, parts: list[range], process: Process) -> list[int]:
+    """The shards of this process that lack an image which can be read now. It reads those alone, one by one."""
+    found = []
     for k in filter(shards.done, range(process.rank, len(parts), process.world)):
         left_out = sorted(set(parts[k]) - set(shards.read(k, "numbers").tolist()))
         if any(isinstance(images[i][1], np.ndarray) for i in left_out):
-            remove_folder(shards.path(k))
+            found.append(k)
+    return found
 
 
 def read_image(path: Path, size: int) -> np.ndarray:

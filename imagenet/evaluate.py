@@ -17,6 +17,7 @@ Each is one process. One that was killed starts again from its first folder; res
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ from imagenet.features import (
     count_images,
     distance,
     image_batches,
+    look_at,
     measure,
     remarks,
     save_statistics,
@@ -108,24 +110,53 @@ def fid(config: FidOptions) -> str:
     """The distance of samples to a reference, as JSON; returns what is to be printed.
 
     Raises:
-        ValueError: options that are missing, files that cannot be read, features that do not go together.
+        ValueError: options that are missing, files that cannot be read, features that do not go together, outputs that
+            cannot be written or would replace what is read.
     """
     if not config.samples or not (config.reference or config.save_statistics):
         raise ValueError("fid needs --samples, and --reference or --save-statistics")
+    out = Path(config.out or Path(os.path.abspath(config.samples)).parent / "fid.json")  # "." has no name
+    _check_paths(config, out)
     samples, lines = _statistics(config, config.samples), []
     if config.save_statistics:
         save_statistics(samples, Path(config.save_statistics))
         lines.append(f"{config.save_statistics} has the statistics of {_words(samples)}")
     if config.reference:
         result = _distance_of(config, samples, _statistics(config, config.reference))
-        save_json(result, Path(config.out or Path(config.samples).with_name("fid.json")))
+        save_json(result, out)
         lines += [result["line"], *(f"note: {remark}" for remark in result["remarks"])]
     return "\n".join(lines)
 
 
+def _check_paths(config: FidOptions, out: Path) -> None:
+    """What is wrong with files to read or to write, before features are taken: a ValueError."""
+    inputs = [Path(name) for name in (config.samples, config.reference) if name]
+    outputs = {"--save-statistics": Path(config.save_statistics)} if config.save_statistics else {}
+    outputs |= {"--out": out} if config.reference else {}
+    taken = {path.resolve() for path in [*inputs, Path(config.features)]}
+    for name, path in outputs.items():
+        place = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+            raise ValueError(f"{name} must be a file that can be written, got {path}")
+        if path.resolve() in taken:
+            raise ValueError(f"{name} must be another file than those that are read or written, got {path}")
+        taken.add(path.resolve())
+    for path in inputs:
+        look_at(path)
+
+
+def _sampling(samples: Path) -> dict[str, Any] | None:
+    """The settings.json beside a file of samples; None where there is none, or one that a result cannot hold."""
+    try:
+        found = load_json(samples.with_name("settings.json")) if samples.is_file() else None
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        return None
+    return found
+
+
 def _distance_of(config: FidOptions, samples: Statistics, reference: Statistics) -> dict[str, Any]:
     """The result of `fid`, with the settings that imagenet.sample left beside the samples, if it did."""
-    sampling = Path(config.samples).with_name("settings.json")
     found, name = distance(samples, reference), measure(samples, reference)
     return {
         "distance": found,
@@ -134,7 +165,7 @@ def _distance_of(config: FidOptions, samples: Statistics, reference: Statistics)
         "remarks": remarks(samples.source, samples) + remarks(reference.source, reference),
         "samples": _described(samples),
         "reference": _described(reference),
-        "sampling": load_json(sampling) if Path(config.samples).is_file() and sampling.is_file() else None,
+        "sampling": _sampling(Path(config.samples)),
         **_settings(config),
     }
 

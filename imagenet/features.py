@@ -176,13 +176,21 @@ def as_tensor(images: np.ndarray, device: str = "cpu") -> Tensor:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The images in a folder and in those below it, by name. Raises ValueError for none, or beside a samples.npz."""
-    if (folder / "samples.npz").exists():
-        raise ValueError(f"{folder} must be {ACCEPTED}: give the samples.npz in it")
+    """The images in a folder and in those below it, by name.
+
+    Raises:
+        ValueError: there are none, or they are the pictures beside a samples.npz or latents.npz.
+    """
     found = []
     for below, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(below, name) for name in names if not name.startswith(".")]
+    for name, what in (
+        ("samples.npz", "give {}, not the folder of the run"),
+        ("latents.npz", "{} has only latents: use --vae"),
+    ):
+        if kept := [path for path in found if path.name == name]:
+            raise ValueError(f"{folder} must be {ACCEPTED}: {what.format(min(kept))}")
     found = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ValueError(f"{folder} must be {ACCEPTED}: this folder has no images")
@@ -260,7 +268,22 @@ def statistics_of(
         device: where the extractor computes.
 
     Raises:
-        ValueError: from `read_statistics`, `image_batches` or `load_features`; fewer than two images.
+        ValueError: from `look_at`, `image_batches` or `load_features`.
+    """
+    n = look_at(path)
+    if isinstance(n, Statistics):
+        return n
+    extract = load_features(features, device)
+    batches, name = image_batches(path, batch, size=size), f"{path.parent.name}/{path.name}"
+    fit = fit_features(tqdm(batches, desc=name, total=-(-n // batch), unit="batch", leave=False), extract, device)
+    return Statistics(fit.mean, fit.cov, n, extract.name, str(path))
+
+
+def look_at(path: Path) -> Statistics | int:
+    """The statistics in a file, or how many images are to be read for them.
+
+    Raises:
+        ValueError: from `read_statistics` or `count_images`; fewer than two images.
     """
     found = None if path.is_dir() else read_statistics(path)
     if found is not None:
@@ -268,10 +291,7 @@ def statistics_of(
     n = count_images(path)
     if n < 2:
         raise ValueError(f"{path} must have at least two images, got {n}")
-    extract = load_features(features, device)
-    batches, name = image_batches(path, batch, size=size), f"{path.parent.name}/{path.name}"
-    fit = fit_features(tqdm(batches, desc=name, total=-(-n // batch), unit="batch", leave=False), extract, device)
-    return Statistics(fit.mean, fit.cov, n, extract.name, str(path))
+    return n
 
 
 def fit_features(batches: Iterable[np.ndarray], extract: Features, device: str = "cpu") -> FeatureStatistics:

@@ -67,7 +67,8 @@ class Latents:
         self.labels = torch.from_numpy(labels)
         wanted = (1 + self.flips, 2 * self.shape[0], *self.shape[1:])
         if {array.shape[1:] for array in self._moments} != {wanted} or not self.n == len(labels) == self._starts[-1]:
-            raise ValueError(f"{path} must describe the arrays beside it: {self.n} of {wanted}")
+            again = "if a run of imagenet.encode was killed, run it again"
+            raise ValueError(f"{path} must describe the arrays beside it: {self.n} of {wanted}; {again}")
 
     def moments(self, rows: Rows, mirrored: Rows | None = None) -> Tensor:
         """Mean, then standard deviation, of unscaled latents, float32 `(B, 2C, h, w)`.

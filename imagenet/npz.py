@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,3 +68,23 @@ def first_rows(path: Path, n: int) -> np.ndarray:
     with open_rows(path) as (file, shape, dtype):
         shape = (min(n, shape[0]), *shape[1:])
         return np.frombuffer(bytearray(file.read(math.prod(shape) * dtype.itemsize)), dtype).reshape(shape)
+
+
+def some_rows(path: Path, rows: Sequence[int]) -> np.ndarray:
+    """Some rows of arr_0, `(len, *D)`, without reading the others: a stream of a zip file would, to get to them.
+
+    Raises:
+        ValueError: arr_0 is compressed, which `write_npz` does not do.
+        Exception: as from `open_rows`.
+    """
+    with open_rows(path) as (file, shape, dtype):
+        header = file.tell()
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("arr_0.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{path} must hold arr_0 without compression")
+    with path.open("rb") as plain:
+        plain.seek(member.header_offset)
+        *_, name, extra = struct.unpack("<26x2H", plain.read(30))  # lengths of what follows before the member itself
+    start = member.header_offset + 30 + name + extra + header
+    return np.array(np.memmap(path, dtype, "r", start, shape)[list(rows)])

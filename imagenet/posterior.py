@@ -20,9 +20,8 @@ Without --vae, latents.npz with float32 latents, as the network has them, stand 
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from imagenet.commands import check_device, numbers, refusing
 from imagenet.latents import Latents
-from imagenet.npz import open_rows
+from imagenet.npz import some_rows
 from imagenet.run import (
     AGAIN,
     CONTEXTS,
@@ -204,17 +203,22 @@ def run_clean(run: Run) -> None:
 
 def entries_of(run: Run) -> list[dict[str, Any]]:
     """The finished folders, of this run and of those before it that agree with it, as posterior.json lists them."""
-    config, found = run.config, {}
-    for path in config.out.glob("t*/*/settings.json"):
-        record = load_json(path)
-        settings = record.get("settings")
-        if isinstance(settings, dict) and settings.get("method") in METHODS:
-            what = Posterior(settings["t"], settings["method"], settings["steps"])
-            whole = has_rows(path.with_name(name_of(run.vae)), config.contexts * config.draws)
-            if whole and settings == settings_of(run, what):
-                found[what] = record["evaluations_per_sample"]
-    order = sorted(found, key=lambda what: (what.t, METHODS.index(what.method), what.steps))
-    return [{**what._asdict(), "evaluations": found[what], "folder": what.folder} for what in order]
+    found = filter(None, (entry_of(run, path) for path in run.config.out.glob("t*/*/settings.json")))
+    return sorted(found, key=lambda entry: (entry["t"], METHODS.index(entry["method"]), entry["steps"]))
+
+
+def entry_of(run: Run, path: Path) -> dict[str, Any] | None:
+    """What posterior.json says of the folder of a settings.json; None if that is not whole, a copy or another's."""
+    config, record = run.config, load_json(path)
+    settings = record.get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("t"), float):
+        return None
+    what = Posterior(settings["t"], settings.get("method", ""), settings.get("steps", 0))
+    if what.method not in METHODS or settings != settings_of(run, what) or path.parent != config.out / what.folder:
+        return None
+    if not has_rows(path.with_name(name_of(run.vae)), config.contexts * config.draws):
+        return None
+    return {**what._asdict(), "evaluations": record["evaluations_per_sample"], "folder": what.folder}
 
 
 # ---- pictures --------------------------------------------------------------------------------------------
@@ -249,27 +253,16 @@ def pictured(config: PosteriorOptions) -> list[int]:
 def panels_of(run: Run, vae: VAE, t: float) -> dict[str, np.ndarray]:
     """What a picture shows, uint8 `(contexts, columns, H, W, 3)` by what stands above it."""
     config, contexts = run.config, pictured(run.config)
-    panels = {"clean": rows_of(config.out / "clean" / name_of(vae), contexts)[:, None]}
+    panels = {"clean": some_rows(config.out / "clean" / name_of(vae), contexts)[:, None]}
     panels["noised"] = decoded(vae, run.clean.noised(t, contexts).to(vae.device))[:, None]
     shown = range(min(config.draws, SHOWN))
     for entry in (entry for entry in entries_of(run) if entry["t"] == t):
-        draws = rows_of(
+        draws = some_rows(
             config.out / entry["folder"] / name_of(vae), [c * config.draws + d for c in contexts for d in shown]
         )
         title = f"{NAMES[entry['method']]}, {entry['steps']} step{'s' * (entry['steps'] > 1)}"
         panels[title] = draws.reshape(len(contexts), len(shown), *draws.shape[1:])
     return panels
-
-
-def rows_of(path: Path, rows: Sequence[int]) -> np.ndarray:
-    """Some rows of a file of samples, `(len, …)`, in rising order, without reading the others into memory."""
-    found = []
-    with open_rows(path) as (file, shape, dtype):
-        start, size = file.tell(), math.prod(shape[1:]) * dtype.itemsize
-        for i in rows:
-            file.seek(start + i * size)
-            found.append(np.frombuffer(file.read(size), dtype).reshape(shape[1:]))
-    return np.stack(found)
 
 
 def lines_of(panels: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -295,7 +288,8 @@ def page_of(panels: list[np.ndarray]) -> np.ndarray:
 
 def posteriors_of(config: PosteriorOptions) -> list[Posterior]:
     """Every folder of draws, in order. Raises ValueError for times, methods or steps that there are not."""
-    times, methods = numbers(config.times, "times", float), config.methods.split(",")
+    times = [t + 0.0 for t in numbers(config.times, "times", float)]  # -0 would have a folder of its own
+    methods = config.methods.split(",")
     if not all(0 <= t < 1 for t in times):
         raise ValueError(f"--times must lie in [0, 1), got {config.times}")
     if not all(t == round(t, DECIMALS) for t in times):
@@ -386,13 +380,12 @@ def run(config: PosteriorOptions, process: Process) -> None:
     began, folders = time.perf_counter(), posteriors_of(config)
     all_of = open_run(config, process)
     run_clean(all_of)
-    for t in dict.fromkeys(what.t for what in folders):
-        for what in folders:
-            if what.t == t:
-                run_posterior(all_of, what)
-        if process.rank == 0 and all_of.vae is not None:
-            draw_picture(all_of, all_of.vae, t)
-    if process.rank == 0:
+    for what in folders:
+        run_posterior(all_of, what)
+    if process.rank == 0:  # the others have no more to do
+        if all_of.vae is not None:
+            for t in dict.fromkeys(what.t for what in folders):
+                draw_picture(all_of, all_of.vae, t)
         clear(config.out, "posterior.json", "t*.png")
         save_json(summary(all_of), config.out / "posterior.json")
         minutes = (time.perf_counter() - began) / 60

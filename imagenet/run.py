@@ -4,7 +4,7 @@ A folder of samples holds, once it is finished,
 
     samples.npz      arr_0 uint8 (n, H, W, 3) and arr_1 int64 labels (n,), as ADM's evaluation reads them
     latents.npz      without a VAE in its place: arr_0 float32 (n, *D), as the network has them
-    grid.png         the first images
+    grid.png         the first images, where there is a VAE
     settings.json    all settings, the network, its weights, the VAE, and the evaluations that a sample took
 
 and until then .parts/, batch by batch, from which a run that was killed goes on. Every random number belongs to the
@@ -46,6 +46,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OFFICIAL_CHANNELS = 3  # of 4, to which SiT's own sampler applies guidance
 DECODED = 16  # latents that are decoded together
 GRID = 8  # images in a row of grid.png, and most rows
+FILES = ("samples.npz", "latents.npz", "grid.png")
 PARTS = ".parts"
 # Options that say where things are, and how to read them: what is there is compared instead.
 ELSEWHERE = ("out", "device", "weights", "kind", "num_heads", "encoder_depth", "vae")
@@ -256,11 +257,12 @@ def run_job(job: Job, folder: Path, process: Process, progress: str) -> dict[str
         ValueError: the folder belongs to a run with other settings or to something else, or is damaged; whatever
             `draw` raises.
     """
-    if process.rank == 0:
-        clear(folder, "samples.npz", "latents.npz", "grid.png", "settings.json", PARTS)
     record = finished(job, folder)
-    if record is None:
-        shards, parts = Shards(folder / PARTS, job.settings), parts_of(len(job.labels), job.batch)
+    shards = Shards(folder / PARTS, job.settings) if record is None else None
+    if process.rank == 0:  # no sooner: what is wrong with the folder ends all processes alike
+        clear(folder, *FILES, "settings.json", PARTS)
+    if shards is not None:
+        parts = parts_of(len(job.labels), job.batch)
         work(shards, parts, lambda rows: make(job, rows), process=process, progress=progress)
         if process.rank == 0:
             record = assemble(job, folder, shards, len(parts))
@@ -285,10 +287,17 @@ def finished(job: Job, folder: Path) -> dict[str, Any] | None:
     """What settings.json says of a folder that is finished; None where it or the samples are missing.
 
     Raises:
-        ValueError: it was made with other settings or by something else, or is damaged.
+        ValueError: it was made with other settings or by something else, or is damaged; it is missing, and there are
+            files of its folder that no run was writing.
     """
     path = folder / "settings.json"
     if not path.exists():
+        left = [name for name in FILES if (folder / name).exists()]
+        if left and not (folder / PARTS / path.name).exists():  # with it, of a run that died between its files
+            raise ValueError(
+                f"{folder} must be a new folder or one of this script, found {left[0]} and no {path.name}: write "
+                "elsewhere (--out)"
+            )
         return None
     record = load_json(path)
     if not isinstance(record.get("settings"), dict) or "evaluations_per_sample" not in record:

@@ -11,10 +11,10 @@
     euler, heun, dopri5    steps along the drift b_t (E2), of 1, 2 and 6 evaluations and of order 1, 2 and 5
     sde         steps of the SDE with the same marginals (E6)
 
-OUT gets samples.npz (or, without --vae, latents.npz), grid.png and settings.json; see `imagenet/run.py`. Sample i is
-the same for any --count (each in a folder of its own: none grows) and on any number of processes, and up to rounding in
-any --batch and on any device. A run that was killed goes on from its finished batches, and one that is finished is not
-run again.
+OUT gets samples.npz and grid.png (without --vae, latents.npz alone) and settings.json; see `imagenet/run.py`. Sample i
+is the same for any --count (each in a folder of its own: none grows) and on any number of processes, and up to rounding
+in any --batch and on any device. A run that was killed goes on from its finished batches, and one that is finished is
+not run again.
 """
 
 import dataclasses

@@ -50,13 +50,14 @@ class Shards:
 
     Raises:
         ValueError: the folder holds parts of a run with other settings, with what differs, or no run but other things;
-            settings.json is damaged; there is none although `settings` is None.
+            settings.json is damaged or cannot be written; there is none although `settings` is None.
     """
 
     def __init__(self, folder: Path | str, settings: dict[str, Any] | None = None):
         self.folder = Path(folder)
         self.settings: dict[str, Any] = {}
         self.advance: Callable[[int], Any] = lambda rows: None
+        self._old: dict[int, int | None] = {}  # the times of parts to be made anew
         path = self.folder / "settings.json"
         if settings is None:
             self.settings = load_json(path)
@@ -71,8 +72,22 @@ class Shards:
         return self.folder / f"shard-{k:05d}"
 
     def done(self, k: int) -> bool:
-        """Whether part k is there; if so, it is whole."""
-        return self.path(k).exists()
+        """Whether part k is there, and not one to be made anew; if so, it is whole."""
+        return self._time(k) not in (None, self._old.get(k))
+
+    def renew(self, numbers: Sequence[int]) -> None:
+        """Count these parts as not done until they are written again; they stay until then.
+
+        Under torchrun all processes call it together, each with the parts that it found.
+        """
+        for times in gather({k: self._time(k) for k in numbers}):
+            self._old |= times
+
+    def _time(self, k: int) -> int | None:
+        try:
+            return self.path(k).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def write(self, k: int, arrays: Arrays, info: dict[str, Any] | None = None) -> None:
         """Write part k, whole or not at all, in place of one that was there.
@@ -133,14 +148,17 @@ class Shards:
         return f"remove {self.path(k)} and run again to make it anew"
 
     def _start(self, path: Path) -> str:
-        """Write the settings, or say in what those that are there differ; clear what a dead process left half done."""
-        if not path.exists():
-            others = [other.name for other in self.folder.glob("[!.]*")]  # save_json's own leftovers have a dot
-            if others:
-                return f"{self.folder} must be a new folder or one of this run, found {min(others)} and no {path.name}"
-            save_json(self.settings, path)
+        """Write the settings, or say what stands against it; clear what a dead process left half done."""
         try:
+            if not path.exists():
+                others = [other.name for other in self.folder.glob("[!.]*")]  # save_json's own leftovers have a dot
+                if others:
+                    what = f"found {min(others)} and no {path.name}"
+                    return f"{self.folder} must be a new folder or one of this run, {what}"
+                save_json(self.settings, path)
             found = load_json(path)
+        except OSError as error:
+            return f"{self.folder} must be a folder that can be written: {error}"
         except ValueError as error:
             return str(error)
         what = differences(found, self.settings)
@@ -166,7 +184,7 @@ def own_parts(shards: Shards, parts: Sequence[range], process: Process) -> list[
 
 
 def work(shards: Shards, parts: Sequence[range], make: Make, *, process: Process, progress: str | None = None) -> None:
-    """Make and write every part that is not there yet; returns, in each process, when those of all processes are.
+    """Make and write every part that is not done; returns, in each process, when those of all processes are.
 
     Args:
         shards: where they are written.

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from imagenet import encode, shards
 from imagenet.encode import EncodeConfig, centre_crop, list_images, read_image
+from imagenet.latents import Latents
 from imagenet.shards import Shards
 from imagenet.vae import VAE, to_uint8
+from mfm_ref.distributed import Process
 from mfm_ref.options import parse
 from tests.imagenet_patches import Patches
 from tests.imagenet_tiny import CLASSES, SIZE, photographs, tiny_vae
@@ -405,6 +408,9 @@ def test_a_finished_run_does_nothing_and_another_is_refused(tiny, encoded, monke
     for options, named in (({"size": 72}, "size was 64 and is 72"), ({"flips": False}, "flips was True and is False")):
         with pytest.raises(ValueError, match=f"other settings .*{named}"):
             encode.run(config_of(tiny, folder, **options))
+    scaled = changed(tiny, tiny / "scaled", config={"scaling_factor": 0.5})  # of the same weights
+    with pytest.raises(ValueError, match=r"other settings \(scale was 0.18215 and is 0.5\)"):
+        encode.run(config_of(tiny, folder, vae=scaled))
     with pytest.raises(ValueError, match=r"other settings .*images was '.*'; vae was '.*' and is"):
         shutil.copytree(tiny / "images", tiny / "more", dirs_exist_ok=True)
         (tiny / "more" / CLASSES[0] / "99.png").touch()
@@ -476,6 +482,7 @@ def corrupt(folder):
     (folder / "zeros.png").write_bytes(bytes(content[:60]) + bytes(200))
     Image.fromarray(np.full((90, 90), 40000, np.uint16)).save(folder / "deep.png")
     Image.new("RGB", (2, 40000)).save(folder / "thin.png")
+    (folder / "far.tif").write_bytes(struct.pack("<4sHHQ", b"II+", 8, 0, 2**63 - 1))  # where no file can be read
     for name in ("whole.jpg", "whole.png"):
         (folder / name).unlink()
     return sorted(path.name for path in folder.iterdir())
@@ -488,13 +495,14 @@ def test_what_cannot_be_read_is_listed_and_left_out(tiny, encoded, tmp_path):
     for name in names[::2]:
         (images / "dog" / name).rename(images / CLASSES[0] / name)
     record = encode.run(config_of(tiny, tmp_path / "out", images=str(images), shard=7))
-    assert len(names) == 7
-    assert record["counts"] == {"images": 31, "encoded": 24, "skipped": 7, "of_each_class": [12, 0, 12]}
+    assert len(names) == 8
+    assert record["counts"] == {"images": 32, "encoded": 24, "skipped": 8, "of_each_class": [12, 0, 12]}
     reasons = {Path(image["file"]).name: image["reason"] for image in record["skipped"]}
     assert sorted(reasons) == names
     expected = {
         "deep.png": "ValueError: pixels must have 8 bits, got mode I;16",
-        "empty.jpg": "cannot identify", "text.jpg": "cannot identify image file", "thin.png": "long and thin",
+        "empty.jpg": "cannot identify", "far.tif": "OSError: [Errno 22]",
+        "text.jpg": "cannot identify image file", "thin.png": "long and thin",
         "truncated.jpg": "image file is truncated",
     }  # fmt: skip
     for name, reason in expected.items():
@@ -510,7 +518,7 @@ def test_without_an_image_that_can_be_read_there_are_no_latents(tiny, tmp_path):
     corrupt(tmp_path / "dog")
     (tmp_path / "images").mkdir()
     (tmp_path / "dog").rename(tmp_path / "images" / "dog")
-    message = r"must hold an image that can be read, got none of 7 \(dog/deep.png: ValueError"
+    message = r"must hold an image that can be read, got none of 8 \(dog/deep.png: ValueError"
     for _ in range(2):  # and a second run says so too
         with pytest.raises(ValueError, match=message):
             encode.run(config_of(tiny, tmp_path / "out", images=str(tmp_path / "images")))
@@ -585,6 +593,29 @@ def test_mended_images_are_encoded_by_a_later_run(tiny, tmp_path, monkeypatch, c
     record = json.loads((out / "latents.json").read_text())
     assert [image["file"] for image in record["skipped"]] == [f"{CLASSES[1]}/22.png"]
     assert joined(out, "numbers").tolist() == [k for k in range(24) if list_images(images).files[k] != "flower/22.png"]
+
+
+def test_latents_stay_whole_until_mended_images_are_encoded(tiny, tmp_path, monkeypatch):
+    """Whatever becomes of the run that mends them; each process looks at its own shards alone."""
+    monkeypatch.setattr(encode, "VAE", Patches)
+    images, out = shutil.copytree(tiny / "images", tmp_path / "images"), tmp_path / "out"
+    path = images / list_images(images).files[7]
+    path.rename(tmp_path / "whole")
+    path.write_text("no image")
+    config = config_of(tiny, out, images=str(images))
+    encode.run(config)
+    before = contents(out)
+    shutil.copy(tmp_path / "whole", path)
+    opened, parts = encode._Images(list_images(images), SIZE), shards.parts_of(24, 5)
+    found = [encode._mended(opened, Shards(out), parts, Process(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    assert found == [[], [1]]
+    with monkeypatch.context() as harmed:
+        harmed.setattr(Patches, "moments", lambda *_: torch.full((1, 6, 8, 8), torch.nan))
+        with pytest.raises(ValueError, match="numbers that float16 can hold"):
+            encode.run(config)
+    assert contents(out) == before and Latents(out).n == 23
+    encode.run(config)
+    assert Latents(out).n == 24 and joined(out, "numbers").tolist() == list(range(24))
 
 
 # ---- killed, or shared out -------------------------------------------------------------------------------
@@ -674,16 +705,20 @@ def test_a_killed_run_ends_as_an_unbroken_one(tiny, tmp_path):
 
 
 def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkeypatch):
-    """By the command line; shards that were lost are made again, and nothing else."""
+    """By the command line; shards that were lost or lack a mended image are made again, and nothing else."""
     monkeypatch.setattr(encode, "VAE", Patches)
     encode.run(config_of(tiny, tmp_path / "one"))
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    for name in ("shard-00001", "shard-00002", "shard-00003"):
+    images = shutil.copytree(tiny / "images", tmp_path / "images")
+    path = images / list_images(images).files[7]
+    path.write_text("no image")
+    encode.run(config_of(tiny, tmp_path / "two", images=str(images)))
+    shutil.copy(tiny / "images" / list_images(images).files[7], path)
+    for name in ("shard-00002", "shard-00003"):
         shutil.rmtree(tmp_path / "two" / name)
     (tmp_path / "two" / "latents.json").unlink()
     kept = (tmp_path / "two" / "shard-00000" / "moments.npy").stat().st_mtime_ns
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--images", tiny / "images", "--vae", "patches", "--out", tmp_path / "two", "--size", SIZE]
+    options = ["--images", images, "--vae", "patches", "--out", tmp_path / "two", "--size", SIZE]
     options += ["--batch", 3, "--shard", 5, "--workers", 1]
     result = subprocess.run(
         [*command, "-m", "tests.imagenet_patches", *map(str, options)],
@@ -698,7 +733,7 @@ def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkey
 
 def test_the_command_ends_with_one_line(tiny, tmp_path, capsys):
     options = ["--images", str(tiny / "images"), "--vae", "v", "--out", str(tmp_path / "out"), "--device", "cuda:99"]
-    with pytest.raises(SystemExit, match=r"^imagenet.encode: --device must be one that .*, got 'cuda:99': .*GPUs$"):
+    with pytest.raises(SystemExit, match=r"^imagenet.encode: --device must be one that .*, got 'cuda:99': .*GPUs"):
         encode.main(options)
     with pytest.raises(SystemExit):
         encode.main(["--help"])

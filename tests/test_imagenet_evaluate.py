@@ -31,6 +31,11 @@ def two_pixels(x):
     return x[:, :2, 0, 0].float()
 
 
+def never(x):
+    """An extractor that must not be called."""
+    pytest.fail("features were taken")
+
+
 def coupled(x):
     """A reward that depends on the batch."""
     return x.flatten(1).mean(1) - x.mean()
@@ -182,6 +187,64 @@ def test_fid_of_a_folder_is_that_of_its_images(tmp_path):
         found.append(read(tmp_path / "fid.json"))
     assert found[0]["distance"] == pytest.approx(found[1]["distance"], rel=1e-12)
     assert [one["sampling"] for one in found] == [{}, None]
+
+
+@pytest.fixture
+def two_sets(tmp_path, monkeypatch):
+    """a.npz and b.npz in the current folder, their settings.json, and a folder."""
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", arr_0=as_images(np.random.default_rng(0).uniform(0, 255, (9, 4, 4, 3))))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("b.npz")
+    (tmp_path / "network.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["--out", "--save-statistics"])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("a.npz", "must be another file"),
+        ("folder/../b.npz", "must be another file"),
+        ("link", "must be another file"),
+        ("folder", "must be a file that can be written, got folder"),
+        ("/", "must be a file that can be written, got /"),
+        ("a.npz/there/x", "must be a file that can be written, got a.npz/there/x"),
+    ],
+)
+def test_fid_replaces_no_input_and_takes_no_features_for_a_result_that_cannot_be_kept(two_sets, option, path, words):
+    before = {name: (two_sets / name).read_bytes() for name in ("a.npz", "b.npz")}
+    files = ["--samples", two_sets / "a.npz", "--reference", "b.npz", "--features", f"{__name__}:never"]
+    assert f"{option} {words}" in refused("fid", *files, option, path)
+    assert before == {name: (two_sets / name).read_bytes() for name in before}
+    assert (two_sets / "link").is_symlink()
+
+
+def test_fid_finds_other_bad_paths_before_it_takes_features(two_sets, monkeypatch):
+    """Of the reference; two results in one file; the file of the extractor; a folder that is not to be written in."""
+    files = ["--samples", "a.npz", "--reference", "b.npz"]
+    options = [*files, "--features", f"{__name__}:never"]
+    assert "c.npz must be a readable npz file" in refused("fid", *options, "--reference", "c.npz")
+    assert "--out must be another file" in refused("fid", *options, "--save-statistics", "x", "--out", "x")
+    assert "--out must be another file" in refused("fid", *files, "--features", "network.pt", "--out", "network.pt")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "--out must be a file that can be written" in refused("fid", *options, "--out", "folder/x.json")
+
+
+def test_fid_of_the_current_folder_is_beside_it(two_sets, monkeypatch):
+    for k, image in enumerate(np.load("a.npz")["arr_0"]):
+        Image.fromarray(image).save(f"folder/{k}.png")
+    monkeypatch.chdir("folder")
+    run("fid", "--samples", ".", "--reference", "../b.npz", "--features", f"{__name__}:pixels", "--size", 4)
+    assert read(two_sets / "fid.json")["distance"] < 1e-6
+
+
+@pytest.mark.parametrize("text", ["[1]", "no JSON", '{"x": NaN}', "\xff"])
+def test_a_settings_file_of_something_else_is_none(two_sets, text):
+    (two_sets / "settings.json").write_text(text, encoding="latin-1")
+    run("fid", "--samples", "a.npz", "--reference", "b.npz", "--features", f"{__name__}:pixels")
+    assert read(two_sets / "fid.json")["sampling"] is None
 
 
 def test_many_processes_are_refused(monkeypatch):

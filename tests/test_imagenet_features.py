@@ -1,5 +1,6 @@
 """Images read in batches, extractors, and statistics: NumPy and SciPy by another route, closed forms, damaged files."""
 
+import re
 import sys
 import tracemalloc
 import warnings
@@ -196,9 +197,22 @@ def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "class" / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"class/a\.png must be an image that can be read: cannot identify"):
         list(image_batches(tmp_path))
-    (tmp_path / "samples.npz").touch()
-    with pytest.raises(ValueError, match=r"give the samples\.npz in it"):
-        count_images(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "t0.5/mfm-2"])
+def test_pictures_of_a_run_are_no_samples(tmp_path, below):
+    """Beside a samples.npz, at whatever depth; one that has images is named before one that has latents."""
+    Image.fromarray(images(1)[0]).save(tmp_path / "grid.png")
+    folder = tmp_path / below
+    folder.mkdir(parents=True, exist_ok=True)
+    assert count_images(tmp_path) == 1
+    for name, words in (
+        ("latents.npz", "{} has only latents: use --vae"),
+        ("samples.npz", "give {}, not the folder of the run"),
+    ):
+        (folder / name).touch()
+        with pytest.raises(ValueError, match=re.escape(words.format(folder / name))):
+            count_images(tmp_path)
 
 
 # ---- extractors ------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_examples_of_the_page_run_at_this_size(ladder, number, monkeypatch):
     names = {}
     exec(code, names)
     if number == 2:
-        assert names["images"].shape == (4, 4, 8, 8) and names["cost"].evaluations == 2 + 2 * 8 * 2
+        assert names["latents"].shape == (4, 4, 8, 8) and names["cost"].evaluations == 2 + 2 * 8 * 2
     else:
         assert len(names["losses"]) == 2
         sample.main(["--weights", "weights/mine", "--count", "2", "--out", "of-mine"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagenet import npz
-from imagenet.npz import first_rows, open_rows, write_npz
+from imagenet.npz import first_rows, open_rows, some_rows, write_npz
 
 
 @given(
@@ -31,6 +31,8 @@ def test_arrays_are_joined_as_numpy_writes_them(tmp_path_factory, lengths, shape
         assert all(found.read(name) == wanted.read(name) for name in found.namelist())
         assert {one.date_time for one in found.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # so that bytes can be compared
     assert np.array_equal(first_rows(path, first), np.concatenate(parts)[:first])
+    rows = sorted({0, first % len(labels), len(labels) - 1})
+    assert np.array_equal(some_rows(path, rows), np.concatenate(parts)[rows])
 
 
 def test_arrays_are_joined_in_constant_memory(tmp_path):
@@ -62,6 +64,19 @@ def test_both_versions_of_the_format_are_read(tmp_path, version):
     assert np.array_equal(first_rows(tmp_path / "a.npz", 2), rows[:2])
     with open_rows(tmp_path / "a.npz") as (file, shape, dtype):
         assert (shape, dtype, file.read()) == ((4, 3), np.float32, rows.tobytes())
+
+
+def test_some_rows_are_read_without_the_others(tmp_path, monkeypatch):
+    """What NumPy wrote, too; not what is compressed, where the others have to be."""
+    rows = np.arange(10**6, dtype=np.float32).reshape(1000, 1000)
+    np.savez(tmp_path / "a.npz", arr_0=rows)
+    read, read_of = [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda file, n=-1: read.append(n) or read_of(file, n))
+    found = some_rows(tmp_path / "a.npz", [3, 999])
+    assert np.array_equal(found, rows[[3, 999]]) and found.flags.writeable and sum(read) < 1000 and min(read) > 0
+    np.savez_compressed(tmp_path / "a.npz", arr_0=rows)
+    with pytest.raises(ValueError, match="must hold arr_0 without compression"):
+        some_rows(tmp_path / "a.npz", [0])
 
 
 def test_what_is_no_array_of_numbers_by_rows_is_refused(tmp_path):

@@ -276,10 +276,13 @@ def test_panels_are_in_lines_that_a_page_holds():
     assert [list(line) for line in lines_of(panels)] == [["4", "5"], ["2", "8"], ["12"]]
 
 
-def test_some_rows_of_a_file(tmp_path):
-    array = np.arange(60, dtype=np.float32).reshape(10, 3, 2)
-    np.savez(tmp_path / "x.npz", arr_0=array)
-    assert np.array_equal(script.rows_of(tmp_path / "x.npz", [0, 3, 9]), array[[0, 3, 9]])
+def test_pictures_are_drawn_when_all_draws_are_there(tiny, tmp_path, monkeypatch):
+    """No process waits for the one that draws them."""
+    order = []
+    monkeypatch.setattr(script, "run_posterior", lambda run, what: order.append(what.folder))
+    monkeypatch.setattr(script, "draw_picture", lambda run, vae, t: order.append(t))
+    script.main(arguments(tiny, tmp_path, "--methods", "mfm"))
+    assert order == ["t0/mfm-1", "t0/mfm-2", "t0.5/mfm-1", "t0.5/mfm-2", 0.0, 0.5]
 
 
 def test_latents_alone_have_no_pictures(tiny, tmp_path):
@@ -383,6 +386,33 @@ def test_a_run_of_less_leaves_the_list_whole(tiny, whole, tmp_path):
     script.main(arguments(tiny, tmp_path, "--times", "0.5", "--methods", "mfm", "--map-steps", "1"))
     found = json.loads((tmp_path / "posterior.json").read_text())["posteriors"]
     assert [one["folder"] for one in found] == ["t0/mfm-1", "t0.5/mfm-1", "t0.5/mfm-2"]
+
+
+@pytest.mark.parametrize("settings", [{"method": "mfm"}, {"t": 0.6}, {"t": "0.6", "method": "mfm", "steps": 4}, [3]])
+def test_folders_of_others_are_not_listed(tiny, whole, tmp_path, settings):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "t0.6" / "mfm-4").mkdir(parents=True)
+    (tmp_path / "t0.6" / "mfm-4" / "settings.json").write_text(json.dumps({"settings": settings}))
+    script.main(arguments(tiny, tmp_path, "--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5"))
+    found = json.loads((tmp_path / "posterior.json").read_text())
+    assert found["posteriors"] == json.loads((whole / "posterior.json").read_text())["posteriors"]
+
+
+def test_a_folder_under_another_name_is_not_listed(tiny, whole, tmp_path):
+    """It would be listed as one that is not there, and the next picture be of its draws."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "t0" / "mfm-1").rename(tmp_path / "t0" / "mfm-1-old")
+    script.main(
+        arguments(tiny, tmp_path, "--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5", "--map-steps", "2")
+    )
+    found = json.loads((tmp_path / "posterior.json").read_text())["posteriors"]
+    assert [one["folder"] for one in found if one["t"] == 0] == ["t0/mfm-2", "t0/glass-1", "t0/sde-2"]
+
+
+@pytest.mark.parametrize("times", ["-0", "-0.0", "0"])
+def test_zero_has_one_folder(times):
+    folders = script.posteriors_of(script.PosteriorOptions(times=times, methods="mfm", map_steps="1"))
+    assert [what.folder for what in folders] == ["t0/mfm-1"]
 
 
 def test_the_same_latents_elsewhere_are_the_same(tiny, whole, tmp_path):

@@ -20,6 +20,7 @@ from torch import nn
 from imagenet import run as shared
 from imagenet import sample as script
 from imagenet.checkpoints import load, to_state
+from imagenet.commands import check_device
 from imagenet.npz import first_rows, write_npz
 from imagenet.run import SAMPLES, grid, labels_for
 from imagenet.vae import VAE, to_uint8
@@ -449,6 +450,59 @@ def test_folders_and_files_of_others_stay(tiny, tmp_path):
             script.main(options_of(tiny, tmp_path / "other", vae=False))
 
 
+@pytest.mark.parametrize("name", ["samples.npz", "latents.npz", "grid.png"])
+def test_samples_of_others_are_not_replaced(tiny, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    message = f"must be a new folder or one of this script, found {name} and no settings.json"
+    with pytest.raises(SystemExit, match=message):
+        script.main(options_of(tiny, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_that_died_between_its_files_goes_on(tiny, whole, tmp_path, monkeypatch):
+    """After samples.npz and grid.png, before settings.json; no other run takes its place."""
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(shared, "save_json", lambda *_: 1 / 0)
+        script.main(options_of(tiny, tmp_path))
+    files = {".parts", "samples.npz", "grid.png"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    with pytest.raises(SystemExit, match="seed was 0 and is 1"):
+        script.main(options_of(tiny, tmp_path, "--seed", "1"))
+    assert {path.name for path in tmp_path.iterdir()} == files
+    script.main(options_of(tiny, tmp_path))
+    assert same(tmp_path, whole)
+
+
+def test_parts_of_another_run_stay_beside_one_that_is_finished(tiny, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((whole / "settings.json").read_text())["settings"] | {"seed": 1}
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / ".parts" / "settings.json").write_text(json.dumps(settings))
+    script.main(options_of(tiny, tmp_path))
+    assert json.loads((tmp_path / ".parts" / "settings.json").read_text()) == settings
+
+
+def test_what_is_wrong_with_the_folder_is_found_before_anything_is_removed(tiny, tmp_path, monkeypatch):
+    """In all processes alike: what rank 0 alone would trip over, as it clears, comes later."""
+    (tmp_path / ".parts").mkdir()
+    (tmp_path / ".parts" / "mine").touch()
+    monkeypatch.setattr(shared, "clear", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit, match="must be a new folder or one of this run, found mine"):
+        script.main(options_of(tiny, tmp_path))
+
+
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if rank < "2":
+            check_device("cuda")
+    with pytest.raises(ValueError, match="got 'cuda': there are 2 GPUs, and none of number 2"):
+        check_device("cuda")
+
+
 def test_a_file_and_a_folder_of_the_same_weights_are_the_same(tiny, tmp_path):
     """And of other sizes, which a file does not tell, another network: half of its samples would not be the others'."""
     torch.save(to_state(tiny_sit("mfm", n_classes=3, noise_times=True), "mfm"), tmp_path / "mfm.pt")
@@ -544,9 +598,11 @@ def test_unknown_options_end_with_a_message(tiny, tmp_path, options, capsys):
     assert options[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_weights_that_give_nan_are_refused(tiny, tmp_path):
+@pytest.mark.parametrize(("method", "what"), [("posterior", "x1"), ("map", "the samples 0 to 1")])
+def test_weights_that_give_nan_are_refused(tiny, tmp_path, method, what):
     network = tiny_sit("mfm", n_classes=3)
     nn.init.constant_(network.outlet.bias, torch.inf)
     FlowMap(network).save_pretrained(tmp_path / "broken")
-    with pytest.raises(SystemExit, match="must be finite"):
-        script.main(options_of(tiny, tmp_path / "out", "--weights", str(tmp_path / "broken")))
+    options = ("--weights", str(tmp_path / "broken"), "--method", method, "--steps", "1")
+    with pytest.raises(SystemExit, match=f"{what} must be finite"):
+        script.main(options_of(tiny, tmp_path / "out", *options, vae=False))

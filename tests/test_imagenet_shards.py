@@ -185,6 +185,12 @@ def test_a_folder_of_other_things_is_refused(tmp_path, name):
     assert Shards(tmp_path, SETTINGS).settings["seed"] == 3
 
 
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file must be a folder that can be written: \[Errno 17\]"):
+        Shards(tmp_path / "file", SETTINGS)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[1]"])
 def test_a_folder_without_settings_is_refused(tmp_path, content):
     if content is not None:
@@ -254,6 +260,32 @@ def test_processes_share_the_parts(tmp_path):
     assert contents(tmp_path / "three") == contents(tmp_path / "whole")
 
 
+def test_parts_are_made_anew_and_waited_for(tmp_path, monkeypatch):
+    """Those that another process names too; what is there stays until then."""
+    shards, parts = started(tmp_path)
+    for k in (0, 1):
+        os.utime(shards.path(k), (1, 1))
+    happened, theirs, mine = [], [{1: shards._time(1)}], contents(tmp_path)
+    monkeypatch.setattr(shards_module, "gather", lambda item: happened.append("gathered") or [item, *theirs])
+    monkeypatch.setattr(shards_module.dist, "is_initialized", lambda: True)
+
+    def other_process(seconds):
+        assert not shards.done(1) and contents(tmp_path) == mine
+        happened.append("waited")
+        shards.write(1, *make(parts[1]))
+
+    def anew(rows):
+        happened.append(rows.start)
+        return make(rows)
+
+    monkeypatch.setattr(shards_module.time, "sleep", other_process)
+    shards.renew([0])
+    here = Process(0, 2, CPU)
+    assert own_parts(shards, parts, here) == [0] and contents(tmp_path) == mine
+    work(shards, parts, anew, process=here)
+    assert happened == ["gathered", 0, "waited", "gathered"]
+
+
 def test_only_one_part_is_in_memory(tmp_path):
     before = []
 
@@ -321,9 +353,10 @@ with processes() as here:
     shards, parts = Shards(folder / "two", SETTINGS), parts_of(23, 5)
     work(shards, parts, slow, process=here)
     found = {"done": [shards.done(k) for k in range(5)]}
-    for name, settings in (("other", SETTINGS | {"seed": here.rank}), ("same", SETTINGS)):
+    other = SETTINGS | {"seed": here.rank}
+    for name, place, settings in (("other", "two", other), ("file", "script.py", SETTINGS), ("same", "two", SETTINGS)):
         try:
-            Shards(folder / "two", settings)
+            Shards(folder / place, settings)
             found[name] = "accepted"
         except ValueError as error:
             found[name] = str(error)
@@ -346,4 +379,5 @@ def test_two_processes_make_what_one_makes_and_end_together(tmp_path):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["done"] == [True] * 5
         assert "seed was 3 and is 0" in found["other"]  # of rank 0's settings, in both
+        assert "script.py must be a folder that can be written" in found["file"]  # and none waits for rank 0
         assert found["same"] == "accepted"

@@ -182,3 +182,13 @@ def test_options_of_the_imagenet_commands_exist(command, monkeypatch):
             monkeypatch.setattr(script, name, begun)
     with pytest.raises(SystemExit, match=stopped):
         script.main(options)
+
+
+def test_imagenet_commands_do_not_write_into_one_folder():
+    """Each run has a folder of its own, --out or the default; another run's would be refused."""
+    outs = [
+        (module, command[command.index("--out") + 1] if "--out" in command else "the default")
+        for module, *command in imagenet_commands()
+        if module in ("imagenet.encode", "imagenet.sample", "imagenet.posterior")
+    ]
+    assert len(set(outs)) == len(outs), outs
