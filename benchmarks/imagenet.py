@@ -14,7 +14,6 @@ import os
 import random
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.objectives import Step, clock
+from imagenet.commands import PRECISIONS, in_precision
 from imagenet.sit import SIZES, SiT, build
 from mfm_ref import FlowMap, Guided, sample_posterior
 from mfm_ref.files import save_json
 from mfm_ref.options import option, parse
 from toy.common import markdown, set_up_processor
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEPS = (1, 4)  # evaluations of a sample
 SCALE = 2.5  # of guidance
 TIME = 0.3  # of the context
@@ -42,7 +41,7 @@ class ImagenetConfig:
     size: str = option("XL/2", "of the network", choices=tuple(SIZES))
     side: int = option(32, "height and width of the latents")
     batches: str = option("8,32,128,256", "numbers of samples, with commas")
-    precision: str = option("bfloat16", "of matrix products (autocast)", choices=tuple(DTYPES))
+    precision: str = option("bfloat16", "of matrix products (autocast)", choices=tuple(PRECISIONS))
     compile: bool = option(True, "measure the compiled network, too")
     product: int = option(8192, "side of the matrices of the product that gives the matrix rate")
     repeats: int = option(5, "measurements, of which the medians are reported")
@@ -80,7 +79,7 @@ def flops_of(network: SiT) -> int:
 
 def matrix_rate(config: ImagenetConfig) -> float:
     """Operations per second of a large product of random matrices, the best of the repeats."""
-    n, dtype = config.product, DTYPES[config.precision]
+    n, dtype = config.product, PRECISIONS[config.precision]
     a, b, c = (torch.randn(n, n, device=config.device).to(dtype) for _ in range(3))
 
     def product() -> None:
@@ -88,12 +87,6 @@ def matrix_rate(config: ImagenetConfig) -> float:
 
     seconds = [clock(product, a.device)[1] / 1e3 for _ in range(config.warm_up + 5 * config.repeats)]
     return 2 * n**3 / min(seconds)
-
-
-def precision(config: ImagenetConfig) -> AbstractContextManager[Any]:
-    """Autocast to the precision of the run."""
-    kind, dtype = torch.device(config.device).type, DTYPES[config.precision]
-    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 
 def bare_passes(network: SiT, steps: int, z: Tensor, t: Tensor, x: Tensor, y: Tensor, w: Tensor) -> Step:
@@ -170,7 +163,7 @@ def measure(config: ImagenetConfig) -> list[dict[str, Any]]:
         for batch in (int(b) for b in config.batches.split(",")):
             if torch.device(config.device).type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with torch.no_grad(), precision(config):
+            with torch.no_grad(), in_precision(config.precision, config.device):
                 times = times_of(config, network, batch)
             for steps, found in times.items():
                 done = batch * int(steps) * flops / found["seconds"]

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @contextmanager
@@ -49,3 +51,9 @@ def check_device(device: str) -> None:
 def device_name(device: str) -> str:
     """What the run computes on."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def in_precision(precision: str, device: torch.device | str) -> AbstractContextManager[Any]:
+    """Matrix products in one of `PRECISIONS`, by autocast."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)

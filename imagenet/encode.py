@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imagenet.commands import check_device, refusing
+from imagenet.commands import PRECISIONS, check_device, in_precision, refusing
 from imagenet.shards import Arrays, Shards, own_parts, parts_of, work
 from imagenet.vae import VAE
 from mfm_ref.checks import check_count
@@ -44,7 +44,6 @@ from mfm_ref.options import option, parse
 
 FORMAT = "mfm_ref latents 1"
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 MOST_PIXELS = 2**26  # of an image scaled to the size, before its crop
 MOST_CLASSES = 10**6
 NUMBER = r"[-+]?[0-9]+([.][0-9]*)?"  # what looks like one, and is no name of a class
@@ -65,7 +64,7 @@ class EncodeConfig:
     workers: int = option(2, "processes that read images, for each that encodes; 0 reads in the latter")
     flips: bool = option(True, "encode the mirror images too")
     device: str = option("cpu", "where torch computes: cpu, cuda, …")
-    precision: str = option("float32", "of the VAE's matrix products", choices=tuple(DTYPES))
+    precision: str = option("float32", "of the VAE's matrix products", choices=tuple(PRECISIONS))
 
 
 def run(config: EncodeConfig) -> dict[str, Any]:
@@ -82,8 +81,8 @@ def run(config: EncodeConfig) -> dict[str, Any]:
     for name, least in (("batch", 1), ("shard", 1), ("workers", 0)):
         check_count(getattr(config, name), f"--{name}", least)
     check_device(config.device)
-    if config.precision not in DTYPES:
-        raise ValueError(f"--precision must be one of {list(DTYPES)}, got {config.precision!r}")
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"--precision must be one of {list(PRECISIONS)}, got {config.precision!r}")
     for name in ("images", "vae"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed")
@@ -365,8 +364,7 @@ class _Encoding:
     def moments(self, numbers: list[int], images: Tensor) -> np.ndarray:
         """float16 `(n, 1 or 2, 2C, h, w)`. Raises ValueError for an image whose moments it cannot hold."""
         images = images.to(self.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        dtype = DTYPES[self.config.precision]
-        with torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with in_precision(self.config.precision, images.device):
             both = [self.vae.moments(x) for x in ([images, images.flip(-1)] if self.config.flips else [images])]
         moments = torch.stack(both, 1)
         stored = moments.half()

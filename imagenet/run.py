@@ -17,7 +17,6 @@ import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagenet.checkpoints import load
-from imagenet.commands import check_device, device_name
+from imagenet.commands import PRECISIONS, check_device, device_name, in_precision
 from imagenet.npz import first_rows, open_rows, write_npz
 from imagenet.shards import Arrays, Shards, differences, parts_of, work
 from imagenet.sit import KINDS
@@ -42,7 +41,6 @@ from mfm_ref.options import option
 # What streams of random numbers are for, the last number of their seeds: none is one of mfm_ref.data's.
 SAMPLES, LABELS, CONTEXTS, DRAWS, ROLLOUTS, AGAIN = range(100, 106)
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OFFICIAL_CHANNELS = 3  # of 4, to which SiT's own sampler applies guidance
 DECODED = 16  # latents that are decoded together
 GRID = 8  # images in a row of grid.png, and most rows
@@ -102,21 +100,15 @@ def compiled(network: nn.Module) -> None:
     network.velocity = torch.compile(network.velocity, dynamic=False)  # type: ignore[arg-type, assignment]
 
 
-def precision(config: ModelOptions) -> AbstractContextManager[Any]:
-    """Matrix products in the precision of the run (autocast)."""
-    kind, dtype = torch.device(config.device).type, PRECISIONS[config.precision]
-    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-
-
 def rounded(network: nn.Module, config: ModelOptions) -> None:
     """Evaluate `velocity` in the precision of the run; its result has the states' dtype, as sums along a path need."""
     velocity: Callable[..., Tensor] = network.velocity  # type: ignore[assignment]
 
-    def in_precision(s: Tensor, u: Tensor, z: Tensor, *rest: Tensor | None) -> Tensor:
-        with precision(config):
+    def evaluated(s: Tensor, u: Tensor, z: Tensor, *rest: Tensor | None) -> Tensor:
+        with in_precision(config.precision, config.device):
             return velocity(s, u, z, *rest).to(z.dtype)
 
-    network.velocity = in_precision  # type: ignore[assignment]
+    network.velocity = evaluated  # type: ignore[assignment]
 
 
 def reads_context(X: FlowMap) -> bool:
