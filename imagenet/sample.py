@@ -3,9 +3,9 @@
     python -m imagenet.sample --weights mfm-xl2.pt --kind mfm --guidance 2.5 --vae stabilityai/sd-vae-ft-mse
     torchrun --nproc-per-node 8 -m imagenet.sample --device cuda --precision bfloat16 --count 50000 --batch 125 …
 
---method says how, and --steps of what there is that many:
+--method says how a sample is made, and --steps how many there are of what follows:
 
-    posterior   draws of a posterior, with fresh noise between them (E19); one of them for weights without a context
+    posterior   draws of a posterior, with fresh noise between them (E19); weights without a context allow one step
     map         jumps of the flow map at t = 0, without noise between them; the context is the noise at their start,
                 as in training (weights that are silent at t = 0 see nothing of it)
     euler, heun, dopri5    steps along the drift b_t (E2), of 1, 2 and 6 evaluations and of order 1, 2 and 5

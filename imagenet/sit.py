@@ -264,7 +264,7 @@ class Attention(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Cosines and sines of f_k τ, f_k = 10⁻⁴ᵏ/¹²⁸, k = 0 … 127, through a two-layer network; in full precision."""
+    """Cosines and sines of f_k τ, f_k = 10000^(−k/128), k = 0 … 127, through a two-layer network; in full precision."""
 
     features = 256
 
