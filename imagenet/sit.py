@@ -145,6 +145,11 @@ class SiT(nn.Module):
         if self.context:
             self.silence_context()
 
+    @property
+    def shard_units(self) -> nn.ModuleList:
+        """The blocks: what `mfm_ref.sharding` gathers one by one."""
+        return self.blocks
+
     def silence_context(self) -> None:
         """Make the network one that sees nothing of its context, nor u in the encoder, nor s in the decoder."""
         for embedding in (self.encoder_u, self.decoder_s, self.context_t):

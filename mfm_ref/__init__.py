@@ -58,7 +58,7 @@ from mfm_ref.sampling import integrate, log_snr_grid, sample, sample_posterior, 
 from mfm_ref.search import search
 from mfm_ref.steering import early_draws, steer
 from mfm_ref.tilted import tilted_map_loss, tilted_target
-from mfm_ref.training import train
+from mfm_ref.training import Watched, train
 from mfm_ref.unet import UNet
 
 __version__ = "0.6.0"
@@ -82,6 +82,7 @@ __all__ = [
     "TensorBatches",
     "TrainConfig",
     "UNet",
+    "Watched",
     "WithProgress",
     "adaptive_weight",
     "best_of_n",

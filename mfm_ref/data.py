@@ -27,6 +27,23 @@ class Resumable(Protocol):
         ...
 
 
+def is_elastic(data: object) -> bool:
+    """Whether data say `elastic = True`, and so promise what lets a run go on with another number of processes.
+
+    At the end of a step their position is the same in every process, and it does not depend on how many there are, nor
+    on how many batches of one make a step. And their batches hold all the random numbers that a step needs.
+
+    Raises:
+        ValueError: data that say so and do not know their position.
+    """
+    elastic = getattr(data, "elastic", False) is True
+    if elastic and not isinstance(data, Resumable):
+        raise ValueError(
+            f"elastic data must have state_dict and load_state_dict, {type(data).__name__} has not both of them"
+        )
+    return elastic
+
+
 def check_position(position: dict[str, Any]) -> None:
     """Refuse a position that a checkpoint would hold and not give back.
 

@@ -1,13 +1,15 @@
 """One process or many: `torchrun --nproc-per-node N script.py` starts them, `processes` makes them a group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class Process(NamedTuple):
@@ -42,7 +44,7 @@ def rank_and_world() -> tuple[int, int]:
     Raises:
         ValueError: under torchrun without a group: each process would be a run of its own, in the same folder.
     """
-    if dist.is_available() and dist.is_initialized():
+    if grouped():
         return dist.get_rank(), dist.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -50,6 +52,11 @@ def rank_and_world() -> tuple[int, int]:
             "with mfm_ref.distributed.processes(device): ..."
         )
     return 0, 1
+
+
+def grouped() -> bool:
+    """Whether this process is in a group, be it alone there."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def mean_over_processes(x: Tensor) -> Tensor:
@@ -67,3 +74,28 @@ def gather(item: Any) -> list[Any]:
         items = [None] * dist.get_world_size()
         dist.all_gather_object(items, item)
     return items
+
+
+def on_rank_0(act: Callable[[], Result]) -> Result | None:
+    """What `act` returns in rank 0, None elsewhere. If it fails, it fails in all: none waits for one that is gone.
+
+    Raises:
+        OSError: in the others, where rank 0 raised one; RuntimeError where it raised any other Exception.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return act()
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = act()
+        except Exception as raised:
+            error = raised
+    told: list[Any] = [None if error is None else (isinstance(error, OSError), f"in rank 0: {error}")]
+    dist.broadcast_object_list(told, 0)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        full_disk_or_so, text = told[0]
+        raise (OSError if full_disk_or_so else RuntimeError)(text)
+    return result

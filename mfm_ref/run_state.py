@@ -1,21 +1,31 @@
 """The settings of a training run, and its state: all that a checkpoint holds."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from time import monotonic
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
 from mfm_ref.checkpoints import Checkpoints
 from mfm_ref.checks import check_count
-from mfm_ref.data import GLOBAL, LOADED, NOISE, Resumable, check_position, stream_seed
-from mfm_ref.distributed import gather
+from mfm_ref.data import GLOBAL, LOADED, NOISE, Resumable, check_position, is_elastic, stream_seed
+from mfm_ref.distributed import gather, on_rank_0
+from mfm_ref.sharding import (
+    gathered,
+    gathered_moments,
+    moments_in_pieces,
+    norm_of_all,
+    piece,
+    pieces,
+    take_gradients,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch")
@@ -26,7 +36,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
 }
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-REPORTING = ("checkpoint_every", "log_every", "sample_every", "tensorboard")  # fields that change no number of a run
+ENGINES = ("ddp", "fsdp")
+# Fields that change no number of a run; the engine does by rounding alone.
+REPORTING = ("checkpoint_every", "checkpoint_minutes", "log_every", "sample_every", "tensorboard", "engine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +57,10 @@ class TrainConfig:
     accumulate: int = 1  # batches to an update, >= 1
     precision: str = "float32"  # float32 or bfloat16, the latter by autocast: weights and their update stay as they are
     compile: str = ""  # backend of torch.compile (inductor, aot_eager); none where empty
+    engine: str = "ddp"  # of many processes: ddp, or fsdp, where each holds its piece of every weight (`sharding`)
     seed: int = 0  # of the noise in the loss, >= 0
     checkpoint_every: int = 500  # updates between checkpoints, >= 1; there is one at the end too
+    checkpoint_minutes: float = 0.0  # a checkpoint too when the last is older than that; 0 for any age
     log_every: int = 50  # steps between lines of metrics.jsonl, >= 1
     sample_every: int = 0  # updates between calls of the callback; 0 for none
     tensorboard: bool = False  # events beside metrics.jsonl
@@ -63,21 +77,26 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("schedule", ("cosine", "constant")),
             ("precision", PRECISIONS),
+            ("engine", ENGINES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         try:
             self._check_rates()
         except TypeError as error:
-            names = ("lr", "weight_decay", "clip", "decay", "betas")
+            names = ("lr", "weight_decay", "clip", "decay", "checkpoint_minutes", "betas")
             got = ", ".join(f"{name} = {getattr(self, name)!r}" for name in names)
-            raise ValueError(f"learning rate and decays must be numbers, and betas two of them, got {got}") from error
+            raise ValueError(
+                f"learning rate, decays and minutes must be numbers, and betas two of them, got {got}"
+            ) from error
 
     def _check_rates(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.clip < math.inf):
             raise ValueError(f"weight_decay and clip must be >= 0, got {self.weight_decay} and {self.clip}")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(f"checkpoint_minutes must be >= 0 and finite, got {self.checkpoint_minutes}")
         if len(self.betas) != 2 or not all(0 <= rate < 1 for rate in (*self.betas, self.decay)):
             raise ValueError(f"betas (two) and decay must lie in [0, 1), got {self.betas} and {self.decay}")
 
@@ -95,21 +114,35 @@ class TrainConfig:
 
 
 class Run(Generic[Model, Batch]):
-    """All that changes while a run goes on, apart from the model itself."""
+    """All that changes while a run goes on.
 
-    def __init__(self, model: Model, config: TrainConfig, data: Iterable[Batch], device: torch.device, rank: int):
+    Args:
+        model: gets the weights whole whenever `gather` is called.
+        live: what is trained: the model itself, or a copy of it in pieces (`mfm_ref.sharding`).
+        config, data: as in `train`.
+        device: where `live` is.
+        rank: of this process.
+    """
+
+    def __init__(
+        self, model: Model, live: Model, config: TrainConfig, data: Iterable[Batch], device: torch.device, rank: int
+    ):
         torch.manual_seed(stream_seed(config.seed, rank, GLOBAL))
-        self.config, self.data, self.device, self.rank = config, data, device, rank
+        self.model, self.live, self.config, self.data, self.device, self.rank = model, live, config, data, device, rank
+        self.elastic = is_elastic(data)
         self.generator = torch.Generator(device).manual_seed(stream_seed(config.seed, rank, NOISE))
-        self.noise = None if config.compile else self.generator  # torch.compile cannot trace a generator
+        # torch.compile cannot trace a generator, and elastic data bring all noise with them.
+        self.noise = None if config.compile or self.elastic else self.generator
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.weights: list[Tensor] = [*pieces(live)]
+        self.means = [piece(m, like) for m, like in zip(self.average.parameters(), live.parameters(), strict=True)]
         self.optimizer = OPTIMIZERS[config.optimizer](
-            model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self.weights, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: config.rate(k))
-        self.averaging = _average_of(model, config.decay)
-        self.average = cast(Model, self.averaging.module)
         self.history: list[float] = []
         self.seconds = 0.0
+        self.saved = monotonic()
         if isinstance(data, Resumable):
             check_position(data.state_dict())
         self.batches: Iterator[Batch] | None = None
@@ -137,43 +170,102 @@ class Run(Generic[Model, Batch]):
             self.loaded = torch.get_rng_state()
             torch.set_rng_state(others)
 
-    def update(self, model: Model, loss: float) -> float:
-        """One update of weights and averages by the gradients at hand; returns its learning rate."""
-        rate = float(self.schedule.get_last_lr()[0])
+    def clip(self) -> Tensor:
+        """Shorten the gradient to the config's largest norm; returns the norm that it had."""
+        take_gradients(self.weights, self.live)
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        if self.live is not self.model:
+            norm = norm_of_all(norm)
+        nn.utils.clip_grads_with_norm_(self.weights, self.config.clip or math.inf, norm)
+        return norm
+
+    def update(self, loss: float) -> float:
+        """One update of weights and averages by the gradients at hand; returns its learning rate.
+
+        The exponential average keeps min(decay, (1+k)/(10+k)) of itself in update k.
+        """
+        rate, k = float(self.schedule.get_last_lr()[0]), len(self.history)
         self.optimizer.step()
         self.schedule.step()
-        self.averaging.update_parameters(model)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.means, self.weights, 1 - min(self.config.decay, (1 + k) / (10 + k)))
         self.history.append(loss)
         return rate
 
-    def save(self, store: Checkpoints, model: Model) -> Path:
-        """Write a checkpoint: rank 0 does, with what the others tell it."""
-        own: dict[str, Any] = {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        if isinstance(self.data, Resumable):
-            own["data"] = self.data.state_dict()
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Make `model` and `average` whole, in every process. Of buffers the average has the newest."""
+        for full, own, like in self._weights_and_means():
+            if full is not own:
+                full.copy_(gathered(own, like))
+        for module in {self.model, self.average} - {self.live}:
+            for full, buffer in zip(module.buffers(), self.live.buffers(), strict=True):
+                full.copy_(buffer)
+
+    @torch.no_grad()
+    def _scatter(self) -> None:
+        """The other way: what is trained gets the numbers of `model` and `average`."""
+        for full, own, like in self._weights_and_means():
+            if full is not own:
+                own.copy_(piece(full, like))
+        if self.live is not self.model:
+            for full, buffer in zip(self.model.buffers(), self.live.buffers(), strict=True):
+                buffer.copy_(full)
+
+    def _weights_and_means(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each parameter of `model` and of `average`, what is trained in its place, and how that is cut."""
+        likes = list(self.live.parameters())
+        full = [*self.model.parameters(), *self.average.parameters()]
+        return zip(full, [*self.weights, *self.means], 2 * likes, strict=True)
+
+    def show(self, callback: Callable[[Model, int], None]) -> None:
+        """Let rank 0 call `callback` with the whole average."""
+        self.gather()
+        on_rank_0(lambda: callback(self.whole_average(), len(self.history)))
+        if self.live is not self.model:
+            self.average.cpu()
+
+    def whole_average(self) -> Model:
+        """The average as `gather` left it, on the device."""
+        return self.average if self.live is self.model else self.average.to(self.device)
+
+    def late(self) -> bool:
+        """Whether the newest checkpoint, or the start, is older than the config allows."""
+        return 0 < self.config.checkpoint_minutes < (monotonic() - self.saved) / 60
+
+    def save(self, store: Checkpoints) -> Path:
+        """Write a checkpoint: rank 0 does, with what the others tell it; all fail where it fails."""
+        self.gather()
         state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered_moments(self.optimizer.state_dict(), self.live, keep=self.rank == 0),
             "schedule": self.schedule.state_dict(),
             "history": torch.tensor(self.history, dtype=torch.float64),
             "seconds": self.seconds,
-            "processes": gather(own),
+            "processes": [self._position()] if self.elastic else gather(self._position()),
         }
-        if self.rank == 0:
-            store.save(len(self.history), model, self.average, state)
+        on_rank_0(lambda: store.save(len(self.history), self.model, self.average, state))
+        self.saved = monotonic()
         return store.path(len(self.history))
 
+    def _position(self) -> dict[str, Any]:
+        """Where this process is in its data and its random numbers; elastic data hold the latter."""
+        own: dict[str, Any] = {"data": self.data.state_dict()} if isinstance(self.data, Resumable) else {}
+        if not self.elastic:
+            own |= {"generator": self.generator.get_state(), "torch": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                own["cuda"] = torch.cuda.get_rng_state(self.device)
+        return own
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` wrote, weights excepted."""
+        """Go on from what `save` wrote; `model` and `average` have the weights already."""
         missing = {"optimizer", "schedule", "history", "seconds", "processes"} - state.keys()
         if missing:
             raise ValueError(f"the state in a checkpoint must have {sorted(missing)} too")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._scatter()
+        self.optimizer.load_state_dict(moments_in_pieces(state["optimizer"], self.live))
         self.schedule.load_state_dict(state["schedule"])
         self.history, self.seconds = state["history"].tolist(), state["seconds"]
-        self.averaging.n_averaged.fill_(1 + len(self.history))
-        own = state["processes"][self.rank]
+        own = state["processes"][0 if self.elastic else self.rank]
         if isinstance(self.data, Resumable) != ("data" in own):
             kinds = ("an iterable without a position", "data that know their position")
             there, here = kinds["data" in own], kinds[isinstance(self.data, Resumable)]
@@ -183,20 +275,9 @@ class Run(Generic[Model, Batch]):
         else:
             for _ in range(len(self.history) * self.config.accumulate):
                 self.next_batch()
+        if self.elastic:
+            return
         self.generator.set_state(own["generator"])
         torch.set_rng_state(own["torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.device)
-
-
-def _average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential average: update k keeps min(decay, (1+k)/(10+k)) of it. Buffers are copied."""
-
-    def update(means: Any, weights: Any, _: Any) -> None:  # the count in `_` may lie on a GPU, where reading it waits
-        k = int(averaging.n_averaged) - 1
-        torch._foreach_lerp_(means, weights, 1 - min(decay, (1 + k) / (10 + k)))
-
-    averaging = AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
-    averaging.n_averaged.fill_(1)  # at 0, the first update would take the weights whole
-    averaging.module.eval().requires_grad_(False)
-    return averaging

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from mfm_ref.checkpoints import Checkpoints
-from mfm_ref.distributed import mean_over_processes, rank_and_world
+from mfm_ref.data import is_elastic
+from mfm_ref.distributed import gather, grouped, mean_over_processes, on_rank_0, rank_and_world
 from mfm_ref.pretrained import describe
 from mfm_ref.run_state import PRECISIONS, Batch, Model, Run, TrainConfig
 from mfm_ref.runlog import RunLog
+from mfm_ref.sharding import copied_to_shard, shard, shard_units
 
-Loss = Callable[[Model, Batch, torch.Generator | None], Tensor | dict[str, Tensor]]
+
+class Watched(NamedTuple):
+    """A loss, and numbers that are logged beside it and not minimised."""
+
+    terms: Tensor | dict[str, Tensor]  # as of a loss that watches nothing
+    watched: dict[str, Tensor]  # (2,) each: a sum over rows, and the number of these rows, which may be 0
+
+
+Loss = Callable[[Model, Batch, torch.Generator | None], Tensor | dict[str, Tensor] | Watched]
 
 
 def train(
@@ -41,17 +52,20 @@ def train(
     """Minimise the mean of `loss` over batches, and average the weights on the way.
 
     Under torchrun (within `mfm_ref.distributed.processes`) each process has its own data and noise, and the update
-    is that of one process on the joined batch; rank 0 writes the files.
+    is that of one process on the joined batch; rank 0 writes the files, and what fails there fails in all.
 
     Args:
-        model: trained in place, on the device where it is.
-        loss: `loss(model, batch, generator) -> ()`, or a dictionary of named terms `()` whose sum is minimised. All
-            its noise comes from the generator, seeded by config.seed and the rank. With config.compile this is None,
-            torch's own source, seeded alike: torch.compile cannot trace a generator.
+        model: trained in place, on the device where it is. With the engine "fsdp" it is a copy that is trained, in
+            pieces, and the model gets its weights at the end: a loss must use the model that it is given.
+        loss: `loss(model, batch, generator) -> ()`, or a dictionary of named terms `()` whose sum is minimised, or
+            `Watched`, which adds numbers for the log. All its noise comes from the generator, seeded by config.seed
+            and the rank. With config.compile this is None, torch's own source, seeded alike: torch.compile cannot
+            trace a generator. With elastic data it is None, too.
         data: endless batches of any type, on the model's device. If it has `state_dict` and `load_state_dict`
             (`mfm_ref.data`), a resumed run goes on from the saved position, else it begins anew and skips what the
             run had seen: the caller passes the same data again, from their start. What these draw from torch's own
-            source on the CPU they draw from a stream of their own.
+            source on the CPU they draw from a stream of their own. With data that say `elastic = True`
+            (`mfm_ref.data.is_elastic`) a run may go on with another number of processes and another accumulate.
         config: the settings.
         folder: of metrics.jsonl and checkpoints, seen by all processes; None to write nothing. If it holds a
             checkpoint, the run goes on from the newest, on one CPU to the same numbers, bit for bit, as one that was
@@ -65,9 +79,10 @@ def train(
 
     Raises:
         ValueError: a model without a parameter that requires a gradient; a callback without config.sample_every, or
-            TensorBoard without a folder; data that end too early; a checkpoint that is damaged or of another run, model
-            or kind of data; with a folder, a network whose config JSON would change; with its step and the last good
-            checkpoint, a term of the loss or a gradient that is not finite, or a ValueError of the loss's own.
+            TensorBoard without a folder; elastic data without a position; data that end too early; a checkpoint that
+            is damaged or of another run, model or kind of data; with a folder, a network whose config JSON would
+            change; with its step and the last good checkpoint, a term of the loss or a gradient that is not finite, or
+            a ValueError of the loss's own.
         OSError: a checkpoint that could not be written; the one before it is as it was.
     """
     if config.tensorboard and folder is None:
@@ -84,22 +99,21 @@ def train(
             "go on with model.requires_grad_().train()"
         )
     device = next(model.parameters()).device
-    identity = {"tag": tag, "world": world, "device": device.type, "config": config.identity()}
-    store = None if folder is None else Checkpoints(folder, identity)
+    store = None if folder is None else Checkpoints(folder, _identity(tag, world, device, config, is_elastic(data)))
     with ExitStack() as stack:
         stack.enter_context(_random_kept(device))
         stop = stack.enter_context(_terminated()) if store else threading.Event()
-        module: nn.Module = _LossModule(model, loss, PRECISIONS[config.precision])
         if config.compile:
             stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))  # it cannot split forward derivatives
-            module.compile(backend=config.compile, dynamic=False)  # torch.rand with a generator needs fixed sizes
-        if world > 1:
-            module = DistributedDataParallel(module, forward_sync_buffers=False)  # all begin with the tensors of rank 0
-        run = Run(model, config, data, device, rank)
-        newest = store.newest() if store else None
+        sharded = config.engine == "fsdp" and grouped()
+        live = stack.enter_context(copied_to_shard(model)) if sharded else model
+        module = _joined(_LossModule(live, loss, PRECISIONS[config.precision], cached=not sharded), config, device)
+        run = Run(model, live, config, data, device, rank)
+        newest = gather(store.newest())[0] if store else None
         if store and newest:
             run.restore(store.load(newest, model, run.average))
-        log = RunLog(folder if rank == 0 else None, len(run.history), tensorboard=config.tensorboard)
+        writes = partial(RunLog, folder, len(run.history), tensorboard=config.tensorboard)
+        log = on_rank_0(writes) or RunLog(None, 0)
         stack.callback(log.close)
         first, hidden = len(run.history), progress is None or rank > 0
         bar = tqdm(total=config.steps, initial=first, desc=progress, disable=hidden, leave=False)
@@ -107,78 +121,138 @@ def train(
         for k in range(first, config.steps):
             began = time.perf_counter()
             try:
-                terms = _backward(module, run)
+                terms, watched = _backward(module, run)
             except ValueError as error:
                 raise ValueError(f"at step {k}: {error}; the last good checkpoint is {newest}") from error
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            numbers, stopped = _read(terms, norm, stop.is_set())
+            numbers, seen, (stopped, late) = _read(terms, watched, run.clip(), (stop.is_set(), run.late()))
             _check_finite(numbers, k, newest)
-            rate = run.update(model, math.fsum(numbers[name] for name in terms))
+            rate = run.update(math.fsum(numbers[name] for name in terms))
             run.seconds += time.perf_counter() - began
-            if k % config.log_every == 0 or k + 1 == config.steps:
-                log.write({"step": k, **numbers, "loss": run.history[-1], "lr": rate, "seconds": run.seconds})
+            last = k + 1 == config.steps
+            if k % config.log_every == 0 or last:
+                line = {"step": k, **numbers, **seen, "loss": run.history[-1], "lr": rate, "seconds": run.seconds}
+                on_rank_0(partial(log.write, line))
                 bar.set_postfix(loss=f"{run.history[-1]:.4f}")
             bar.update()
-            if store and (stopped or (k + 1) % config.checkpoint_every == 0 or k + 1 == config.steps):
-                newest = run.save(store, model)
-            if callback and rank == 0 and (k + 1) % config.sample_every == 0:
+            if store and (stopped or late or (k + 1) % config.checkpoint_every == 0 or last):
+                newest = run.save(store)
+            if callback and (k + 1) % config.sample_every == 0:
                 with _random_kept(device):
-                    callback(run.average, k + 1)
+                    run.show(callback)
             if stopped:
                 raise SystemExit(0)
-    return run.average, run.history
+        run.gather()
+    return run.whole_average(), run.history
+
+
+def _identity(tag: str, world: int, device: torch.device, config: TrainConfig, elastic: bool) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    settings = config.identity()
+    if elastic:
+        del settings["accumulate"]
+        return {"tag": tag, "data": "elastic", "device": device.type, "config": settings}
+    return {"tag": tag, "world": world, "device": device.type, "config": settings}
 
 
 class _LossModule(nn.Module):
-    """The loss as a module: DistributedDataParallel and torch.compile then see one call a batch."""
+    """The loss as a module: the engines and torch.compile then see one call a batch.
 
-    def __init__(self, model: nn.Module, loss: Loss[Any, Any], precision: torch.dtype | None):
+    Args:
+        model, loss: as in `train`.
+        precision: of autocast; none where None.
+        cached: whether autocast may keep the weights that it has rounded. Of those that are let go between two calls of
+            a module it may not: the second call's gradient would go to the first call's weights, and be lost.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss[Any, Any], precision: torch.dtype | None, *, cached: bool):
         super().__init__()
-        self.model, self.loss, self.precision = model, loss, precision
+        self.model, self.loss, self.precision, self.cached = model, loss, precision, cached
         self.device_type = next(model.parameters()).device.type
 
-    def forward(self, batch: Any, generator: torch.Generator | None) -> dict[str, Tensor]:
-        with torch.autocast(self.device_type, self.precision) if self.precision else nullcontext():
+    def forward(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        kind, precision = self.device_type, self.precision
+        with torch.autocast(kind, precision, cache_enabled=self.cached) if precision else nullcontext():
             value = self.loss(self.model, batch, generator)
-        return value if isinstance(value, dict) else {"loss": value}
+        terms, watched = value if isinstance(value, Watched) else (value, {})
+        return terms if isinstance(terms, dict) else {"loss": terms}, watched
 
 
-def _backward(module: nn.Module, run: Run[Any, Any]) -> dict[str, Tensor]:
-    """Gradients of one update, the mean over its batches; returns the terms of the loss, likewise."""
+def _joined(module: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The loss, compiled where asked for, as that of all processes: by the engine, where there are others."""
+    if config.compile:
+        # Forward alone: the hooks around it, of an engine, are not to be traced. Fixed sizes, as torch.rand with a
+        # generator needs them.
+        module.forward = torch.compile(module.forward, backend=config.compile, dynamic=False)
+    if config.engine == "fsdp" and grouped():  # to gather units within a compiled loss would cut its graph
+        shard(module, () if config.compile else shard_units(module), device)
+    elif rank_and_world()[1] > 1:
+        module = DistributedDataParallel(module, forward_sync_buffers=False)  # all begin with the tensors of rank 0
+    return module
+
+
+def _backward(module: nn.Module, run: Run[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of one update, the mean over its batches; returns the terms of the loss, likewise, and sums watched."""
     run.optimizer.zero_grad()
     means: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     n = run.config.accumulate
     for part in range(1, n + 1):
-        waiting = isinstance(module, DistributedDataParallel) and part < n  # gradients are exchanged once, at the end
-        with module.no_sync() if waiting else nullcontext():  # type: ignore[operator]
-            terms = module(run.next_batch(), run.noise)
-            _check_terms(terms)
+        with _exchanging(module, part == n):  # gradients are exchanged once, at the end
+            terms, watched = module(run.next_batch(), run.noise)
+            _check_terms(terms, watched)
             (torch.stack(list(terms.values())).sum() / n).backward()
         for name, term in terms.items():
             means[name] = term.detach() / n + means.get(name, 0.0)
-    return means
+        for name, pair in watched.items():
+            sums[name] = pair.detach() + sums.get(name, 0.0)
+    return means, sums
 
 
-def _check_terms(terms: dict[str, Tensor]) -> None:
+def _exchanging(module: nn.Module, now: bool) -> AbstractContextManager[None]:
+    """Whether a backward pass within adds up the gradients of all processes, or keeps its own for a later one."""
+    if isinstance(module, DistributedDataParallel) and not now:
+        return module.no_sync()
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(now)  # type: ignore[operator]
+    return nullcontext()
+
+
+def _check_terms(terms: dict[str, Tensor], watched: dict[str, Tensor]) -> None:
     if not terms:
         raise ValueError("a loss must have at least one term")
     reserved = {"step", "gradient_norm", "lr", "seconds"} | ({"loss"} if len(terms) > 1 else set())
     for name, term in terms.items():
-        if name in reserved or not isinstance(term, Tensor) or term.shape != ():
-            shape = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
+        if name in reserved or _shape(term) != ():
             raise ValueError(
-                f"terms of a loss must be () and have names outside {sorted(reserved)}, got {name}: {shape}"
+                f"terms of a loss must be () and have names outside {sorted(reserved)}, got {name}: {_shape(term)}"
+            )
+    reserved |= {"loss", *terms}
+    for name, pair in watched.items():
+        if name in reserved or _shape(pair) != (2,):
+            raise ValueError(
+                f"what is watched must be (2,) and have names outside {sorted(reserved)}, got {name}: {_shape(pair)}"
             )
 
 
-def _read(terms: dict[str, Tensor], norm: Tensor, stop: bool) -> tuple[dict[str, float], bool]:
-    """The terms, the norm, and whether to stop, all at once: the trainer waits for the device once a step.
+def _shape(term: Any) -> tuple[int, ...] | str:
+    return tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
 
-    With several processes these are means, so that all see the same numbers and stop together.
+
+def _read(
+    terms: dict[str, Tensor], watched: dict[str, Tensor], norm: Tensor, flags: tuple[bool, ...]
+) -> tuple[dict[str, float], dict[str, float], list[bool]]:
+    """The terms with the norm, the means watched, and the flags, all at once: one wait for the device a step.
+
+    With several processes all are means over them, so that all see the same numbers, save and stop together: a flag is
+    up where it is in any. A number that no row had is left out.
     """
-    values = torch.stack([*terms.values(), norm, torch.tensor(float(stop), device=norm.device)])
-    *numbers, stopped = mean_over_processes(values).tolist()
-    return dict(zip([*terms, "gradient_norm"], numbers, strict=True)), stopped > 0
+    pairs = [number for pair in watched.values() for number in pair.unbind()]
+    raised = torch.tensor([float(flag) for flag in flags], device=norm.device)
+    values = iter(mean_over_processes(torch.stack([*terms.values(), norm, *pairs, *raised.unbind()])).tolist())
+    numbers = {name: next(values) for name in (*terms, "gradient_norm")}
+    sums = {name: (next(values), next(values)) for name in watched}
+    seen = {name: total / rows for name, (total, rows) in sums.items() if rows}
+    return numbers, seen, [flag > 0 for flag in values]
 
 
 def _check_finite(numbers: dict[str, float], k: int, newest: Path | None) -> None:

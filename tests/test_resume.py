@@ -220,6 +220,73 @@ def test_weights_of_a_checkpoint_load_as_a_map(tmp_path):
     assert not torch.equal(X.network.outlet.bias, average.network.outlet.bias)
 
 
+def elastic():
+    data = drawn()
+    data.elastic = True
+    return data
+
+
+def test_elastic_data_bring_all_noise_and_leave_no_random_state(tmp_path):
+    """The loss gets no generator: see test_sharding.py for what they are for."""
+    seen = []
+
+    def loss(model, batch, rng):
+        seen.append(rng)
+        return model(batch).square().mean()
+
+    train(nn.Linear(3, 1), loss, elastic(), TrainConfig(steps=2), folder=tmp_path)
+    assert seen == [None, None]
+    state = torch.load(tmp_path / "step-00000002" / "state.pt", weights_only=True)
+    assert [set(own) for own in state["processes"]] == [{"data"}]
+
+
+@pytest.mark.parametrize(("before", "after"), [(drawn, elastic), (elastic, drawn)])
+def test_a_run_stays_elastic_or_not(tmp_path, before, after):
+    killed(tmp_path, data=before)
+    with pytest.raises(ValueError, match=r"other settings.*(data|world) = "):
+        run(tmp_path, data=after)
+
+
+def test_elastic_data_must_know_their_position():
+    class Endless:
+        elastic = True
+
+        def __iter__(self):
+            return itertools.repeat(torch.zeros(1, 3))
+
+    with pytest.raises(ValueError, match="elastic data must have state_dict and load_state_dict, Endless has not"):
+        run(None, data=Endless)
+
+
+def test_what_identifies_a_run_has_not_changed(tmp_path):
+    """Checkpoints of version 0.6 are those of runs that can go on."""
+    run(tmp_path, tag="a")
+    identity = json.loads((tmp_path / "step-00000040" / "run.json").read_text())["identity"]
+    assert identity.pop("config").keys() == {
+        "steps", "lr", "optimizer", "betas", "weight_decay", "schedule", "warmup", "clip", "decay", "accumulate",
+        "precision", "compile", "seed",
+    }  # fmt: skip
+    assert identity == {"tag": "a", "world": 1, "device": "cpu"}
+
+
+def test_no_checkpoint_is_older_than_the_config_allows(tmp_path, monkeypatch):
+    """A step takes four minutes here: the third after a checkpoint is the first to find it over ten minutes old."""
+    minutes, written = itertools.count(step=4), []
+    monkeypatch.setattr("mfm_ref.run_state.monotonic", lambda: 60.0 * next(minutes))
+    save = Checkpoints.save
+
+    def noted(store, step, *others):
+        next(minutes)
+        written.append(step)
+        return save(store, step, *others)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    whole = run(None)
+    aged = run(tmp_path, checkpoint_every=7, checkpoint_minutes=10.0)
+    assert written[:6] == [3, 6, 7, 10, 13, 14]
+    assert same(whole, aged)
+
+
 # ---- the end of a process ---------------------------------------------------------------------------------
 
 

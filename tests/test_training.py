@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mfm_ref import MLP, FlowMap, RandomBatches, TrainConfig, meta_flow_map_loss, train
+from mfm_ref import MLP, FlowMap, RandomBatches, TrainConfig, Watched, meta_flow_map_loss, train
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 from mfm_ref.files import atomic_path, save_json, save_weights
 from mfm_ref.recipe import CONSISTENCY
@@ -361,6 +361,10 @@ def test_counts_are_checked(change):
         ({"clip": None}, "must be numbers, .* clip = None"),
         ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, radam, got 'sgd'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, constant, got 'linear'"),
+        ({"engine": "fsdp2"}, "engine must be one of ddp, fsdp, got 'fsdp2'"),
+        ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be >= 0 and finite, got -1.0"),
+        ({"checkpoint_minutes": math.inf}, "checkpoint_minutes must be >= 0 and finite, got inf"),
+        ({"checkpoint_minutes": "a"}, "must be numbers, .* checkpoint_minutes = 'a'"),
         ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
     ],
 )
@@ -382,6 +386,25 @@ def test_settings_are_checked(change, message):
 def test_terms_of_a_loss_are_checked(value, message):
     with pytest.raises(ValueError, match=message):
         train(Scalar(), lambda model, batch, rng: value(model.w), itertools.count(), TrainConfig(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("watched", "message"),
+    [
+        ({"bin": torch.zeros(())}, r"what is watched must be \(2,\) .*got bin: \(\)"),
+        ({"bin": 1.0}, r"got bin: float"),
+        ({"loss": torch.zeros(2)}, r"have names outside .*'loss'"),
+        ({"w": torch.zeros(2)}, r"have names outside .*'w'"),
+    ],
+)
+def test_what_a_loss_watches_is_checked(watched, message):
+    with pytest.raises(ValueError, match=message):
+        train(
+            Scalar(),
+            lambda model, batch, rng: Watched({"w": model.w, "v": model.w}, watched),
+            itertools.count(),
+            TrainConfig(steps=1),
+        )
 
 
 def test_data_that_end_are_refused():
@@ -418,6 +441,24 @@ def test_metrics_are_lines_of_json(tmp_path):
         assert line["lr"] == pytest.approx(0.05 if line["step"] == 0 else 0.1)
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+@pytest.mark.parametrize("backend", ["", "aot_eager"])
+def test_what_is_watched_is_logged_and_not_minimised(tmp_path, backend):
+    """Sums over sums of counts, over both batches of a step: (1 + 2)/(1 + 3) is not the mean of 1 and 2/3."""
+
+    def loss(model, batch, rng):
+        total, rows = batch
+        return Watched((model.w - 1).square(), {"seen": torch.stack([total * model.w.exp() ** 0, rows])})
+
+    pairs = torch.tensor([[1.0, 1.0], [2.0, 3.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [5.0, 2.0]])
+    config = TrainConfig(steps=3, accumulate=2, log_every=1, compile=backend)
+    _, history = train(Scalar(), loss, pairs, config, folder=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("seen") for line in lines] == [0.75, None, 2.5]
+    assert [line["loss"] for line in lines] == history
+    plain = train(Scalar(), lambda m, batch, rng: (m.w - 1).square(), pairs, config)[1]
+    assert history == plain
 
 
 def test_pictures_are_drawn_from_the_average_and_disturb_nothing():
