@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.objectives import Step, clock
 from imagenet.commands import PRECISIONS, in_precision
+from imagenet.cost import flops_of
 from imagenet.sit import SIZES, SiT, build
 from mfm_ref import FlowMap, Guided, sample_posterior
 from mfm_ref.files import save_json
@@ -62,19 +63,6 @@ def random_network(config: ImagenetConfig) -> SiT:
         parameter.requires_grad_(False)
         parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(0.02))
     return network.to(config.device).eval()
-
-
-def flops_of(network: SiT) -> int:
-    """Floating-point operations of one forward pass for one sample: two for each weight that meets each token or state.
-
-    And 4 N² d for the attention among N tokens in each block. Sums and functions of single numbers are not counted.
-    """
-    tokens, depth, width = network.position.shape[1], network.config["depth"], network.config["width"]
-    weights = {name: weight.numel() for name, weight in network.named_parameters() if name.endswith("weight")}
-    once = ("labels", "scales", "encoder_", "decoder_", "context_", "outlet_modulation")
-    per_state = sum(n for name, n in weights.items() if name.startswith(once[2:]) or ".modulation." in name)
-    per_token = sum(n for name, n in weights.items() if not name.startswith(once) and ".modulation." not in name)
-    return 2 * (per_state + tokens * per_token) + 4 * tokens**2 * width * depth
 
 
 def matrix_rate(config: ImagenetConfig) -> float:

@@ -117,7 +117,7 @@ def load(
     path, kind = locate(source, kind)
     if path.is_dir():
         network = _own(path)
-        if kind not in (None, kind_of(network)):
+        if kind is not None and kind != kind_of(network):
             raise ValueError(f"{path} holds a network of the kind {kind_of(network)!r}, got kind={kind!r}")
         return network
     try:
@@ -523,6 +523,29 @@ def mfm_from(
         state |= {f"{embedder}.{layer}": tensor if "mlp.0" in layer else torch.zeros_like(tensor) for embedder in kept}
     state |= {f"patch_x.{part}": weights[f"patch_z.{part}"] for part in ("weight", "bias")}
     network.load_state_dict(network.state_dict() | state)  # strict: every weight of base has its place
+    return network
+
+
+def flow_map_from(base: SiT, *, encoder_depth: int | None = None) -> SiT:
+    """A flow map of two times, as DMF, that begins as `base` on the diagonal: v_{s,s} = b_s, exactly.
+
+    It has the weights of a network of one time: the first blocks embed s, the others and the outlet u, by one embedder.
+
+    Args:
+        base: a network of one time (SiT).
+        encoder_depth: number of blocks that see s; None for that of base's size in `SIZES`.
+
+    Raises:
+        ValueError: a base of two times, no encoder_depth where there is no default; from `SiT`.
+    """
+    if base.two_times:
+        raise ValueError("base must be a SiT, got a network of two times")
+    size = _size_of(base.config["width"], base.config["depth"])
+    if encoder_depth is None and size is None:
+        raise ValueError("encoder_depth must be given for a base of one time whose size is none in SIZES")
+    network = SiT(**(base.config | {"encoder_depth": encoder_depth or SIZES[size or ""]["encoder_depth"]}))
+    network.to(base.position)
+    network.load_state_dict(base.state_dict())
     return network
 
 

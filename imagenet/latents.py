@@ -1,8 +1,9 @@
-"""The latents that `imagenet.encode` wrote, drawn from their moments in batches whose order can be resumed."""
+"""The latents that `imagenet.encode` wrote, drawn from their moments, or those that `imagenet.sample` made."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,11 @@ import torch
 from torch import Tensor
 
 from imagenet.encode import FORMAT
-from imagenet.shards import Shards
-from mfm_ref.data import TensorBatches, stream_seed
+from imagenet.npz import mapped_rows
+from imagenet.shards import Shards, sha256_of
 from mfm_ref.files import load_json
 
 Rows = Sequence[int] | Tensor | np.ndarray
-
-MIRRORED, DRAWN = 5, 6  # what a generator of a batch is for
 
 
 class Latents:
@@ -92,6 +91,25 @@ class Latents:
             found[i] = self._moments[k][row - self._starts[k], entry]
         return torch.from_numpy(found).float()
 
+    def draw(self, rows: Rows, generators: Sequence[torch.Generator]) -> Tensor:
+        """Scaled latents x₁ = scale · (mean + std · noise), `(B, C, h, w)`, each by its own generator.
+
+        Where the mirror images are there, each is taken with probability ½.
+
+        Raises:
+            ValueError: a row out of range; moments that are not finite, with the file that holds them.
+        """
+        mirrored = [int(torch.randint(2, (), generator=g)) for g in generators] if self.flips else None
+        moments = self.moments(rows, mirrored)
+        check_rows(moments, rows, self.file)
+        mean, std = moments.chunk(2, 1)
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+        return self.scale * (mean + std * noise)
+
+    def file(self, row: int) -> Path:
+        """Where the moments of an image lie."""
+        return self._shards.path(int(np.searchsorted(self._starts, row, side="right")) - 1) / "moments.npy"
+
     def means(self, rows: Rows) -> Tensor:
         """The scaled means, `(B, C, h, w)`: the latents of images without the VAE's noise."""
         return self.scale * self.moments(rows)[:, : self.shape[0]]
@@ -105,55 +123,50 @@ class Latents:
                 raise ValueError(f"{self._shards.path(k)} must have the checksums {shard['sha256']}, got {found}")
 
 
-class LatentBatches:
-    """Endless batches (x1, y): scaled latents `(batch, C, h, w)` drawn from their moments, and labels `(batch,)`.
+class GivenLatents:
+    """Latents as they are, scaled, with their labels: a latents.npz of `imagenet.sample`, mapped into memory.
 
-    x₁ = scale · (mean + std · noise). Where the mirror images are there, each is taken with probability ½. The order is
-    that of `TensorBatches`; noise and mirroring depend on the seed, the rank and the number of the batch alone, so a
-    resumed run sees what an unbroken one sees.
-
-    Args:
-        latents: the data.
-        batch: rows in a batch of one process, >= 1.
-        seed: of order, mirroring and noise, >= 0.
-        rank, world: this process and the number of processes.
+    The attributes are those of `Latents`, as far as they mean something here; `n_classes` is one more than the largest
+    label.
 
     Raises:
-        ValueError: fewer images than a joint batch; numbers out of range.
+        ValueError: a file that is missing or damaged, or that holds no latents `(n, C, h, w)` and labels `(n,)`.
     """
 
-    def __init__(self, latents: Latents, batch: int, seed: int = 0, rank: int = 0, world: int = 1):
-        self.latents, self.seed, self.rank = latents, seed, rank
-        self._rows = TensorBatches(torch.arange(latents.n), batch=batch, seed=seed, rank=rank, world=world)
-        self._per_epoch = latents.n // (batch * world)
-
-    def __iter__(self) -> "LatentBatches":
-        """The batches from here on."""
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """One batch."""
-        (rows,) = next(self._rows)
-        step = self._rows.epoch * self._per_epoch + self._rows.position - 1
-        mirrored = None
-        if self.latents.flips:
-            mirrored = torch.randint(2, (len(rows),), generator=self._generator(step, MIRRORED))
-        mean, std = self.latents.moments(rows, mirrored).chunk(2, 1)
-        noise = torch.randn(mean.shape, generator=self._generator(step, DRAWN))
-        return self.latents.scale * (mean + std * noise), self.latents.labels[rows]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, and the checksum of the latents."""
-        return {**self._rows.state_dict(), "latents": self.latents.sha256}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a position. Raises ValueError for that of other data: latents, batch, seed or world differ."""
-        if state_dict.get("latents") != self.latents.sha256:
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        try:
+            self._x1, digest = mapped_rows(self.path), sha256_of(self.path)
+            with np.load(self.path, allow_pickle=False) as arrays:
+                labels = arrays["arr_1"]
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} must be a latents.npz that imagenet.sample wrote: {error}") from error
+        if self._x1.ndim != 4 or self._x1.dtype.kind != "f" or labels.shape != (len(self._x1),) or not len(labels):
             raise ValueError(
-                f"the position must be one in the latents of {self.latents.folder} (sha256 {self.latents.sha256}), "
-                f"got one in others ({state_dict.get('latents')})"
+                f"{path} must hold latents (n, C, h, w) of real numbers and n labels, got {self._x1.dtype} "
+                f"{self._x1.shape} and {labels.shape}: imagenet.sample writes them where it has no --vae"
             )
-        self._rows.load_state_dict(state_dict)
+        self.n, self.shape = len(self._x1), tuple(self._x1.shape[1:])
+        self.labels, self.sha256 = torch.from_numpy(labels).long(), digest
+        self.n_classes = int(self.labels.max()) + 1
 
-    def _generator(self, step: int, use: int) -> torch.Generator:
-        return torch.Generator().manual_seed(stream_seed(self.seed, self.rank, step, use))
+    def draw(self, rows: Rows, generators: Sequence[torch.Generator]) -> Tensor:
+        """Latents `(B, C, h, w)`, float32; nothing is drawn. Raises ValueError for entries that are not finite."""
+        x1 = torch.from_numpy(np.array(self._x1[np.asarray(rows, np.int64)], np.float32))
+        check_rows(x1, rows, lambda row: self.path)
+        return x1
+
+
+def open_latents(source: Path | str, vae: dict[str, Any] | None = None) -> Latents | GivenLatents:
+    """`Latents` of a folder, `GivenLatents` of a file. Raises ValueError as they do; `vae` as in `Latents`."""
+    if not str(source):
+        raise ValueError("--latents must name a folder of imagenet.encode, or a latents.npz of imagenet.sample")
+    return GivenLatents(source) if str(source).endswith(".npz") else Latents(source, vae)
+
+
+def check_rows(found: Tensor, rows: Rows, file: Callable[[int], Path]) -> None:
+    """Refuse entries that are not finite, with the file that holds them."""
+    finite = torch.isfinite(found.flatten(1)).all(1)
+    if not bool(finite.all()):
+        row = int(np.asarray(rows)[int(finite.int().argmin())])
+        raise ValueError(f"{file(row)} must hold finite numbers, got NaN or infinity in those of image {row}")

@@ -71,7 +71,12 @@ def first_rows(path: Path, n: int) -> np.ndarray:
 
 
 def some_rows(path: Path, rows: Sequence[int]) -> np.ndarray:
-    """Some rows of arr_0, `(len, *D)`, without reading the others: a stream of a zip file would, to get to them.
+    """Some rows of arr_0, `(len, *D)`, without reading the others. Raises as `mapped_rows` does."""
+    return np.array(mapped_rows(path)[list(rows)])
+
+
+def mapped_rows(path: Path) -> "np.memmap[Any, np.dtype[Any]]":
+    """arr_0, mapped into memory: read where it is looked at. A stream of a zip file reads all that comes before.
 
     Raises:
         ValueError: arr_0 is compressed, which `write_npz` does not do.
@@ -86,5 +91,4 @@ def some_rows(path: Path, rows: Sequence[int]) -> np.ndarray:
     with path.open("rb") as plain:
         plain.seek(member.header_offset)
         *_, name, extra = struct.unpack("<26x2H", plain.read(30))  # lengths of what follows before the member itself
-    start = member.header_offset + 30 + name + extra + header
-    return np.array(np.memmap(path, dtype, "r", start, shape)[list(rows)])
+    return np.memmap(path, dtype, "r", member.header_offset + 30 + name + extra + header, shape)

@@ -138,6 +138,11 @@ class FlowMap(nn.Module):
         return self._network(s, u, z, expand_time(t, tx).flatten(), tx, y, guidance)
 
     @property
+    def reads_guidance(self) -> bool:
+        """Whether the network has a guidance input."""
+        return bool(getattr(self.network, "reads_guidance", False))
+
+    @property
     def null_class(self) -> int:
         """The label that means the same as None. Raises ValueError for a network that does not say."""
         null = getattr(self.network, "null_class", None)
@@ -202,12 +207,12 @@ class FlowMap(nn.Module):
         Raises:
             ValueError: a network that reads none, a shape other than () and (B,), or a scale below one.
         """
-        if not getattr(self.network, "reads_guidance", False):
+        if not self.reads_guidance:
             raise ValueError("this network has no guidance input, got guidance")
-        return _scales(guidance, z)
+        return scales_of(guidance, z)
 
 
-def _scales(guidance: Time, z: Tensor) -> Tensor:
+def scales_of(guidance: Time, z: Tensor) -> Tensor:
     """Guidance scales, `(B,)`. Raises ValueError for a shape other than () and (B,), or a scale below one."""
     w = torch.as_tensor(guidance, dtype=z.dtype, device=z.device)
     if w.shape not in ((), z.shape[:1]):
@@ -304,7 +309,7 @@ class ClassifierFree:
         context: Tensor,
         y: Tensor | None,
     ) -> Tensor:
-        w = _scales(self.scale, z).reshape(-1, *[1] * (z.ndim - 1))
+        w = scales_of(self.scale, z).reshape(-1, *[1] * (z.ndim - 1))
         if y is None:
             return velocity(s, u, z, t, context)
         check_labels(y, len(z))

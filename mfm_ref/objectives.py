@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_ref.checks import Time, check_order, check_same_shape, expand_time
-from mfm_ref.flow_map import FlowMap, MetaFlowMap
+from mfm_ref.flow_map import FlowMap, MetaFlowMap, scales_of
 from mfm_ref.forward_mode import derivative
 from mfm_ref.interpolant import Drift, glass_drift
 
@@ -104,31 +104,47 @@ def diagonal_loss(
 
 
 def guided_target(
-    X: FlowMap, s: Time, z: Tensor, t: Time, x: Tensor, target: Tensor, y: Tensor, guidance: Time
+    X: FlowMap,
+    s: Time,
+    z: Tensor,
+    t: Time,
+    x: Tensor,
+    target: Tensor,
+    y: Tensor,
+    guidance: Time,
+    *,
+    conditional: Tensor | None = None,
 ) -> Tensor:
     """Model guidance: target + (1 − 1/w) sg[v_{s,s}(z; t, x, y, w) − v_{s,s}(z; t, x, ∅, w)].
 
-    Its fixed point is v(y, w) = b̄(∅) + w (b̄(y) − b̄(∅)), so that guidance becomes an input of the network and one
-    evaluation samples from it. Rows whose label was dropped (y the null class) have the plain target at every w, and
-    they alone say what b̄(∅) is: drop some labels of every batch, 10 to 20 %.
+    Its fixed point is v(y, w) = b̄(∅) + w (b̄(y) − b̄(∅)), so that one evaluation samples with guidance. Where the
+    network reads w, guidance becomes an input of it; where it has labels alone, w is built into its weights, and may
+    vary with s, as in an interval of times. Rows whose label was dropped (y the null class) have the plain target at
+    every w, and they alone say what b̄(∅) is: drop some labels of every batch, 10 to 20 %.
 
     Args:
-        X: a map whose network reads guidance, and labels with a `null_class`. It is asked for both in one batch.
+        X: a map whose network reads labels with a `null_class`. It is asked for both in one batch.
         target: x₁ − x̄₀ or E12 of the conditional drift, `(B, *D)`.
         y: class labels `(B,)`.
         guidance: scale w >= 1, `()` or `(B,)`. w = 1 leaves the target as it is.
+        conditional: v_{s,s}(z; t, x, y, w) `(B, *D)`, where it is at hand: then X is asked for the null class alone.
 
     Raises:
-        ValueError: guidance below one, or a network that does not read it; shapes that differ.
+        ValueError: guidance below one, a network without a null class; shapes that differ.
     """
-    check_same_shape(z=z, target=target)
-    w = X.guidance_scale(guidance, z)
+    check_same_shape(z=z, target=target, conditional=z if conditional is None else conditional)
+    w = scales_of(guidance, z)
     s, t = expand_time(s, z, "s").flatten(), expand_time(t, x).flatten()
-    labels = torch.cat([y, torch.full_like(y, X.null_class)])
+    scale, null = (w,) if X.reads_guidance else (), torch.full_like(y, X.null_class)
+    rows = (s, s, z, t, x, null, *scale)
     with torch.no_grad():
-        s, z, t, x, w_ = (torch.cat([a, a]) for a in (s, z, t, x, w))
-        conditional, null = X.velocity(s, s, z, t, x, labels, w_).chunk(2)
-    return target + (1 - 1 / w).reshape(-1, *[1] * (target.ndim - 1)) * (conditional - null)
+        if conditional is None:
+            both = (torch.cat(pair) for pair in zip((s, s, z, t, x, y, *scale), rows, strict=True))
+            conditional, unconditional = X.velocity(*both).chunk(2)
+        else:
+            unconditional = X.velocity(*rows)
+        excess = conditional.detach() - unconditional
+    return target + (1 - 1 / w).reshape(-1, *[1] * (target.ndim - 1)) * excess
 
 
 # ---- E14: consistency, s <= u --------------------------------------------------------------------------

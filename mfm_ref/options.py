@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -13,7 +14,12 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None) -
 
 
 def parse(
-    config: type[Config], description: str, arguments: list[str] | None = None, *, prog: str | None = None
+    config: type[Config],
+    description: str,
+    arguments: list[str] | None = None,
+    *,
+    prog: str | None = None,
+    presets: tuple[str, Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Config:
     """A config from the command line: an option `--name` for each field of a dataclass.
 
@@ -24,10 +30,17 @@ def parse(
         description: the text above the options in `--help`.
         arguments: in place of those that the process got.
         prog: the command, as a user types it; the file's name where None.
+        presets: the field that names a preset, and for each name the defaults of other fields under it; what is typed
+            wins over them.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=HelpFormatter)
     add_options(parser, config)
-    return config(**vars(parser.parse_args(arguments)))
+    found = parser.parse_args(arguments)
+    if presets is not None:
+        field, defaults = presets
+        parser.set_defaults(**defaults.get(getattr(found, field), {}))
+        found = parser.parse_args(arguments)
+    return config(**vars(found))
 
 
 def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, config: type[Any]) -> None:

@@ -29,7 +29,11 @@ def context_time(
     check_count(n, "n")
     if not (0 <= zero_rate <= 1 and power > 0):
         raise ValueError(f"zero_rate must lie in [0, 1] and power be positive, got {zero_rate} and {power}")
-    u, v = _uniform(2, n, generator)
+    return context_of(*_uniform(2, n, generator), zero_rate=zero_rate, power=power)
+
+
+def context_of(u: Tensor, v: Tensor, *, zero_rate: float = 0.1, power: float = 2.0) -> Tensor:
+    """The context time of two uniform numbers, of any one shape: 0 where v < zero_rate, else u^power."""
     return torch.where(v < zero_rate, 0.0, u**power)
 
 

@@ -117,6 +117,32 @@ def test_the_guided_diagonal_is_the_fixed_point(seed, dim, scales):
     assert torch.equal(one_scale[0], four[0])
 
 
+@given(SEEDS, st.lists(SCALES, min_size=6, max_size=6))
+def test_guidance_built_into_the_weights_has_the_same_fixed_point(seed, scales):
+    """A network with labels and no guidance input, which is b̄(∅) + w (b̄(y) − b̄(∅)) with w a function of s: E12 of
+    the conditional drift, guided by the w of each row, leaves no residual; by a w that is not the network's it does.
+    The conditional velocity may be at hand, and no gradient comes through it."""
+    p1 = law(seed)
+    ruled = Ruled(p1, lambda null, b, _: b)
+    y, s, z, t, x, _ = batch(p1, 6, seed)
+    w = torch.tensor(scales, dtype=torch.float64)
+    of_time = dict(zip(s.tolist(), scales, strict=True))
+    ruled.reads_guidance = False
+    ruled.rule = lambda null, b, _: null + null.new_tensor([of_time[a] for a in at]).unsqueeze(-1) * (b - null)
+    X, at = FlowMap(ruled), [*s.tolist(), *s.tolist()]
+    target = glass_drift(drift_of(p1), s, z, t, x, y)
+    guided = guided_target(X, s, z, t, x, target, y, w)
+    at = s.tolist()
+    size = 10 * row_scale(target, guided)
+    v = X.velocity(s, s, z, t, x, y)
+    assert_close(guided, v, 1e-10, size)
+    assert_close(guided_target(X, s, z, t, x, target, y, w, conditional=v.requires_grad_()), v.detach(), 1e-10, size)
+    assert not guided_target(X, s, z, t, x, target, y, w, conditional=v).requires_grad
+    apart = (ExactFlowMap(p1).velocity(s, s, z, t, x) - target).abs().amax(-1) * (1 / w - 1 / (w + 1))
+    other = guided_target(X, s, z, t, x, target, y, w + 1, conditional=v)
+    assert ((other - v).abs().amax(-1) >= apart - 1e-9 * size.flatten()).all()
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_other_guided_maps_have_a_residual(name):
     p1 = law()
@@ -481,7 +507,6 @@ def test_a_network_without_guidance_refuses_it():
     X, z = FlowMap(MLP(torch.zeros(2).double(), torch.eye(2).double(), hidden=8, n_classes=K)), randn(4, 2, seed=1)
     for call in (
         lambda: X.velocity(0.1, 0.5, z, 0.4, z, Y, 2.0),
-        lambda: guided_target(X, 0.1, z, 0.4, z, z, Y, 2.0),
         lambda: meta_flow_map_loss(X, z, Y, guidance=W.double()),
     ):
         with pytest.raises(ValueError, match="has no guidance input"):

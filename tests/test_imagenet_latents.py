@@ -1,23 +1,16 @@
-"""Latents drawn from moments: their law, their order, and what is refused; then all of it on photographs."""
-
-import shutil
+"""Latents drawn from moments: what is read of them, and what is refused. Their law: test_imagenet_batches.py."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
 
 from imagenet import encode
-from imagenet.latents import LatentBatches, Latents
+from imagenet.latents import Latents
 from imagenet.shards import Shards
-from imagenet.vae import VAE, to_uint8
-from mfm_ref import FlowMap, TrainConfig, WithProgress, meta_flow_map_loss, sample, train
-from mfm_ref.data import Resumable, check_position
+from imagenet.vae import VAE
 from mfm_ref.files import load_json, save_json
 from tests.helpers import LIMIT, z_scores
-from tests.imagenet_tiny import CLASSES, SIZE, photographs, tiny_sit, tiny_vae
+from tests.imagenet_tiny import CLASSES, SIZE, photographs, tiny_vae
 
 N, SHAPE, SCALE = 22, (2, 3, 2), 0.25
 VAE_HERE = {"id": "made up", "sha256": "1234", "scale": SCALE}
@@ -58,11 +51,6 @@ def taken_apart(x1):
     unscaled = x1 / SCALE
     code = (unscaled.mean((1, 2, 3)) / 4).round()
     return (code // 2).long(), code % 2, (unscaled - 4 * code.reshape(-1, 1, 1, 1)) / STD
-
-
-def drawn(batches, n):
-    """n batches as one: x1 and labels."""
-    return [torch.cat(parts) for parts in zip(*(next(batches) for _ in range(n)), strict=True)]
 
 
 # ---- what is there ---------------------------------------------------------------------------------------
@@ -140,107 +128,12 @@ def test_files_are_compared_with_their_checksums(tmp_path):
         latents.verify()
 
 
-# ---- the law of a batch ----------------------------------------------------------------------------------
-
-
 def scores(x1):
     """|z| of the noise's mean and second moment, of its fourth one, of neighbours' products, and of mirroring."""
     _, mirrored, noise = taken_apart(x1)
     flat = noise.flatten(1).double()
     found = [flat, flat**2 - 1, flat**4 - 3, flat[:, 1:] * flat[:, :-1]]
     return [*(float(z_scores(a.flatten(), 0.0).abs()) for a in found), float(z_scores(mirrored.double(), 0.5).abs())]
-
-
-def test_samples_have_the_recorded_mean_and_standard_deviation(latents):
-    x1, y = drawn(LatentBatches(latents, batch=11, seed=1), 600)
-    assert x1.dtype == torch.float32 and x1.shape == (6600, *SHAPE)
-    rows, _, noise = taken_apart(x1)
-    assert torch.equal(rows % 3, y)
-    assert max(scores(x1)) < LIMIT
-    assert stats.kstest(noise.flatten().double().numpy(), "norm").pvalue > 1e-6
-    by_channel = noise.transpose(0, 1).flatten(1).square().double()
-    assert all(float(z_scores(values, 1.0).abs()) < LIMIT for values in by_channel)
-
-
-@pytest.mark.parametrize("wrong", ["variance for std", "no noise", "never mirrored"])
-def test_another_law_shows(latents, wrong):
-    x1 = drawn(LatentBatches(latents, batch=11, seed=1), 600)[0]
-    rows, mirrored, noise = taken_apart(x1)
-    code = (8 * rows + 4 * mirrored * (wrong != "never mirrored")).reshape(-1, 1, 1, 1)
-    factor = {"variance for std": STD, "no noise": 1e-4}.get(wrong, 1.0)
-    assert max(scores(SCALE * (code + factor * STD * noise))) > LIMIT
-
-
-# ---- the order -------------------------------------------------------------------------------------------
-
-
-def test_every_image_comes_once_an_epoch(latents):
-    batches = LatentBatches(latents, batch=11)
-    for _ in range(3):
-        rows = taken_apart(drawn(batches, 2)[0])[0]
-        assert sorted(rows.tolist()) == list(range(N))
-    first, second = (taken_apart(drawn(LatentBatches(latents, batch=11, seed=k), 2)[0])[0] for k in (0, 1))
-    assert not torch.equal(first, second)
-
-
-def test_no_noise_is_seen_twice(latents):
-    """Neither in another batch, epoch or process, nor with another seed."""
-    kinds = [{"seed": 0}, {"seed": 1}, {"rank": 1, "world": 2}]
-    noise = torch.cat([taken_apart(drawn(LatentBatches(latents, 11, **kind), 6)[0])[2] for kind in kinds])
-    assert torch.pdist(noise.flatten(1)).min() > 0.5  # of vectors of 12 numbers; rounding moves them by 1e-4
-
-
-def test_processes_share_the_rows_of_a_joint_batch(latents):
-    both = [LatentBatches(latents, 5, seed=3, rank=rank, world=2) for rank in (0, 1)]
-    joint = LatentBatches(latents, 10, seed=3)
-    for _ in range(7):
-        rows = torch.cat([taken_apart(next(batches)[0])[0] for batches in both])
-        assert torch.equal(rows, taken_apart(next(joint)[0])[0])
-
-
-@given(batch=st.integers(1, 11), before=st.integers(0, 12), world=st.integers(1, 2), seed=st.integers(0, 5))
-def test_a_resumed_run_sees_what_an_unbroken_one_sees(latents, batch, before, world, seed):
-    options = {"seed": seed, "rank": world - 1, "world": world}
-    unbroken, resumed = (LatentBatches(latents, batch, **options) for _ in range(2))
-    for _ in range(before):
-        next(unbroken)
-    position = unbroken.state_dict()
-    check_position(position)
-    resumed.load_state_dict(position)
-    for _ in range(5):
-        a, b = next(unbroken), next(resumed)
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
-
-def test_the_noise_depends_on_nothing_else(latents):
-    """Not on torch's own source, whose state it leaves."""
-    torch.manual_seed(0)
-    first, state = drawn(LatentBatches(latents, 4), 3), torch.get_rng_state()
-    torch.manual_seed(1)
-    assert torch.equal(first[0], drawn(LatentBatches(latents, 4), 3)[0])
-    torch.manual_seed(0)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_batches_that_cannot_be_are_refused(latents):
-    with pytest.raises(ValueError, match="2 batches of 12 need 24 rows at least, got 22"):
-        LatentBatches(latents, 12, world=2)
-    with pytest.raises(ValueError, match=r"the position must be one of data with .*'batch': 4.*got .*'batch': 5"):
-        LatentBatches(latents, 4).load_state_dict(LatentBatches(latents, 5).state_dict())
-
-
-def test_a_position_is_one_in_these_latents(latents, folder, tmp_path):
-    """Wherever they lie; not in as many others."""
-    shutil.copytree(folder, tmp_path / "moved")
-    LatentBatches(Latents(tmp_path / "moved"), 4).load_state_dict(LatentBatches(latents, 4).state_dict())
-    others = LatentBatches(Latents(made_up(tmp_path / "others", flips=False)), 4)
-    with pytest.raises(ValueError, match=r"the position must be one in the latents of .*others .*, got one in others"):
-        others.load_state_dict(LatentBatches(latents, 4).state_dict())
-
-
-def test_without_mirror_images_none_is_drawn(tmp_path):
-    x1 = drawn(LatentBatches(Latents(made_up(tmp_path, flips=False)), 11), 4)[0]
-    assert taken_apart(x1)[1].sum() == 0
 
 
 # ---- all of it, on photographs ---------------------------------------------------------------------------
@@ -262,7 +155,10 @@ def test_latents_of_photographs(real):
     assert (latents.n, latents.classes, latents.shape, latents.scale) == (24, list(CLASSES), (4, 8, 8), vae.scale)
     rows = [3, 20, 11]
     draws = torch.stack(
-        [LatentBatches(latents, 24, seed=seed).__next__()[0].sum((1, 2, 3)).sum() for seed in range(40)]
+        [
+            latents.draw(range(24), [torch.Generator().manual_seed(24 * k + i) for i in range(24)]).sum()
+            for k in range(40)
+        ]
     )
     expected = sum(vae.scale * latents.moments(range(24), [entry] * 24)[:, :4].sum() for entry in (0, 1)) / 2
     assert float(z_scores(draws.double(), float(expected)).abs()) < LIMIT
@@ -274,29 +170,3 @@ def test_latents_of_photographs(real):
 def test_another_vae_cannot_decode_them(real, tmp_path):
     with pytest.raises(ValueError, match="holds latents of the VAE"):
         Latents(real[0], VAE.load(str(tiny_vae(tmp_path / "other", seed=1))).identity)
-
-
-def test_a_network_trains_on_them_and_its_samples_are_images(real, tmp_path):
-    """A run that is stopped goes on to the same losses: position and noise of the data are part of a checkpoint."""
-    folder, vae = real
-
-    def losses(place, stop=None):
-        data = WithProgress(LatentBatches(Latents(folder), batch=6, seed=2), total=5)
-        assert isinstance(data.data, Resumable)
-
-        def loss(X, batch, rng):
-            ((x1, y), progress) = batch
-            if stop is not None and progress * 4 >= stop:
-                raise KeyboardInterrupt
-            return meta_flow_map_loss(X, x1, y, generator=rng)
-
-        config = TrainConfig(steps=5, lr=1e-3, checkpoint_every=2)
-        return train(FlowMap(tiny_sit("mfm")), loss, data, config, folder=place)
-
-    X, whole = losses(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        losses(tmp_path / "stopped", stop=3)
-    assert losses(tmp_path / "stopped")[1] == whole
-    with torch.no_grad():
-        z = sample(X, 2, 2, y=torch.tensor([0, 1]), generator=torch.Generator().manual_seed(0))
-    assert to_uint8(vae.decode(z)).shape == (2, SIZE, SIZE, 3)

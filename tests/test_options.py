@@ -48,3 +48,12 @@ def test_help_keeps_the_lines_of_the_description_and_shows_defaults(capsys):
     assert "nobody's\n" in page and "(default: )" not in page
     assert "\n    a   table\n    of two lines\n" in page
     assert "(default: 8)" in page and "100 % of it" in page and "--no-fast" in page
+
+
+def test_a_preset_gives_defaults_and_what_is_typed_wins():
+    presets = ("name", {"large": {"batch_size": 64, "fast": True, "out": Path("big")}, "slow": {"rate": 0.2}})
+    assert parse(Options, "", [], presets=presets) == Options()
+    assert parse(Options, "", ["--name", "large"], presets=presets) == Options(Path("big"), 64, 0.1, "a", True, "large")
+    typed = ["--batch-size", "8", "--name", "large", "--no-fast"]  # the fields' own defaults, typed
+    assert parse(Options, "", typed, presets=presets) == Options(Path("big"), 8, name="large")
+    assert parse(Options, "", ["--name", "slow"], presets=presets).rate == 0.2
