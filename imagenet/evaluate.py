@@ -45,8 +45,9 @@ from imagenet.features import (
     save_statistics,
     statistics_of,
 )
-from imagenet.rewards import load_reward
-from mfm_ref.checks import Reward, check_count, check_uncoupled, evaluate_reward
+from imagenet.prompts import prompts_for
+from imagenet.rewards import LatentReward, RewardSum, load_reward, slug
+from mfm_ref.checks import check_count, check_uncoupled, evaluate_reward
 from mfm_ref.estimators import log_mean_exp
 from mfm_ref.files import atomic_path, load_json, save_json
 from mfm_ref.options import HelpFormatter, add_options, option
@@ -92,8 +93,11 @@ class ValueOptions:
 
     posteriors: str = option("", "folder that imagenet.posterior wrote")
     reward: str = option(
-        "brightness", "of images in [0, 1], (B, 3, H, W) -> (B,): brightness, contrast, redness or module:function"
+        "brightness",
+        "a sum [WEIGHT*]NAME[=PATH],…: brightness, contrast, redness, compressed-size, probe=FILE, pickscore=FOLDER, "
+        "hpsv2=FILE, imagereward=FILE or module:function, of images in [0, 1], (B, 3, H, W) -> (B,)",
     )
+    prompt: str = option("", "of rewards that take one, with ImageNet's name of the label in place of {class}")
     scale: float = option(1.0, "the reward is multiplied by this")
     draws: str = option("", "numbers of draws in a value, such as 1,16,200; all that there are where it is empty")
     batch: int = option(BATCH, "images in one call of the reward")
@@ -228,10 +232,14 @@ def values(config: ValueOptions) -> str:
         raise ValueError(f"a correlation needs at least 3 noised images, {folder} has {record['contexts']}")
     if not math.isfinite(config.scale):
         raise ValueError(f"--scale must be finite, got {config.scale}")
-    counts, reward, truth = _counts(config.draws, record["draws"]), load_reward(config.reward), _references(record)
+    counts, truth = _counts(config.draws, record["draws"]), _references(record)
+    reward, prompts = load_reward(config.reward, config.device), None
+    if config.prompt:  # draw d in context c is row c · draws + d
+        prompts = [p for p in prompts_for(config.prompt, record["labels"]) for _ in range(record["draws"])]
     rewards = {}
     for posterior in tqdm(record["posteriors"], desc="rewards", leave=False):
-        flat = torch.cat(list(rewards_of(reward, draws_of(folder, record, posterior), config.batch, config.device)))
+        path = draws_of(folder, record, posterior)
+        flat = torch.cat(list(rewards_of(reward, path, config.batch, config.device, prompts)))
         rewards[posterior["folder"]] = config.scale * flat.view(record["contexts"], record["draws"]).T  # (n, contexts)
     entries = []
     for posterior in record["posteriors"]:
@@ -255,21 +263,31 @@ def values(config: ValueOptions) -> str:
         "remarks": list(dict.fromkeys(notes)),
         "results": entries,
     }
-    return _write(config, folder, record, f"values-{config.reward.replace(':', '.')}", result)
+    return _write(config, folder, record, f"values-{slug(config.reward)}", result)
 
 
 @torch.no_grad()
-def rewards_of(reward: Reward, path: Path, batch: int = BATCH, device: str = "cpu") -> Iterator[Tensor]:
+def rewards_of(
+    reward: RewardSum, path: Path, batch: int = BATCH, device: str = "cpu", prompts: Sequence[str] | None = None
+) -> Iterator[Tensor]:
     """The rewards of the images in a file, `(<= batch,)` at a time, in double precision.
+
+    Args:
+        reward: of images, or of images and prompts.
+        path: npz file of images.
+        batch: images in one call.
+        device: where they are then.
+        prompts: of each image in the file, where the reward takes them.
 
     Raises:
         ValueError: from `image_batches` and `evaluate_reward`; a reward of one image that depends on the others.
     """
     for k, images in enumerate(image_batches(path, batch)):
         x = as_tensor(images, device).float() / 255
-        r = evaluate_reward(reward, x)
+        asked = LatentReward(None, reward, prompts and prompts[k * batch : k * batch + len(x)], decode=batch)
+        r = evaluate_reward(asked, x)
         if k == 0 and len(x) > 1:
-            check_uncoupled(reward, x, r)
+            check_uncoupled(asked, x, r)
         yield r.double().cpu()
 
 

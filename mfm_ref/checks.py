@@ -136,7 +136,8 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
     a quarter of that), by 1e-3 of themselves, or by 16 times the precision of their dtype.
 
     Args:
-        reward: callable `(B, *D) -> (B,)`.
+        reward: callable `(B, *D) -> (B,)`. One that asks something else of each sample, such as to look like a prompt,
+            has a method `of_row(i)`, the reward of sample i alone.
         x1: clean data `(B, *D)`, B > 1.
         r: the reward of all of them, `(B,)`, finite.
 
@@ -147,8 +148,9 @@ def check_uncoupled(reward: Reward, x1: Tensor, r: Tensor) -> None:
     r = r.detach().double()  # of bools too
     spread = float(r.max()) - float(r.min())
     for row in {int(r.argmax()), int(r.argmin())}:
+        own = reward.of_row(row) if hasattr(reward, "of_row") else reward
         with torch.no_grad():
-            alone, together = float(_call(reward, x1[row : row + 1].detach())), float(r[row])
+            alone, together = float(_call(own, x1[row : row + 1].detach())), float(r[row])
         if not abs(alone - together) <= max(2e-2 * spread, rounding * max(abs(alone), abs(together))):
             raise RewardError(
                 f"a reward must not depend on the other samples of a batch or on chance; this one gives {together:.6g} "

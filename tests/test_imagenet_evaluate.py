@@ -1,4 +1,4 @@
-"""`python -m imagenet.evaluate` on posteriors of Gaussian images, of which the truth is known; and the rewards."""
+"""`python -m imagenet.evaluate` on posteriors of Gaussian images, of which the truth is known."""
 
 import json
 import math
@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from scipy.special import logsumexp
-from torch.autograd import gradcheck
 
 from imagenet import evaluate_report
 from imagenet.evaluate import agreement, main
 from imagenet.evaluate_report import draw_curves, table
-from imagenet.rewards import REWARDS, brightness, contrast, load_reward, redness
+from imagenet.prompts import class_names
 from tests.strategies import rng
 
 CONTEXTS, DRAWS, SIDE = 24, 6, 4
@@ -51,6 +50,11 @@ def half(x):
     return (x[:, 0, 0, 0] > 0.5).float()
 
 
+def lettered(x, prompts):
+    """A reward that reads prompts: the brightness by the length of the prompt."""
+    return x.mean((1, 2, 3)) * torch.tensor([len(prompt) for prompt in prompts])
+
+
 def as_images(x):
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
@@ -77,7 +81,8 @@ def write_posteriors(folder, contexts=CONTEXTS, draws=DRAWS, methods=METHODS, ti
             flat = as_images(128 + drawn).reshape(contexts * draws, *clean.shape[1:])
             np.savez(folder / where / "samples.npz", arr_0=flat, arr_1=np.zeros(contexts * draws))
             entries.append({"t": t, "method": method, "steps": n, "evaluations": float(n), "folder": where})
-    record = {"contexts": contexts, "draws": draws, "rows": [0], "labels": [0], "posteriors": entries, "device": "cpu"}
+    record = {"contexts": contexts, "draws": draws, "rows": [0], "posteriors": entries, "device": "cpu"}
+    record["labels"] = [k % 5 for k in range(contexts)]
     (folder / "posterior.json").write_text(json.dumps(record))
     return folder
 
@@ -347,6 +352,25 @@ def test_values_are_log_mean_exp_over_the_draws_of_a_context(posteriors, tmp_pat
     assert (tmp_path / "values-redness.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rewards_that_read_prompts_have_those_of_the_labels(posteriors, tmp_path):
+    """Of each draw, that of its context; with batches that end within a context."""
+    reward, record = f"{__name__}:lettered", read(posteriors / "posterior.json")
+    options = ["values", "--posteriors", posteriors, "--reward", reward, "--batch", 4, "--out", tmp_path]
+    run(*options, "--prompt", "{class}")
+    lengths = np.array([len(class_names()[label]) for label in record["labels"]])
+    assert len(set(lengths)) > 1
+
+    def value(where):
+        means = np.load(posteriors / where / "samples.npz")["arr_0"].mean((1, 2, 3)) / 255
+        return torch.tensor(logsumexp(means.reshape(CONTEXTS, DRAWS) * lengths[:, None], axis=1) - math.log(DRAWS))
+
+    found = read(tmp_path / f"values-{__name__}.lettered.json")["results"]
+    first = next(one for one in found if (one["t"], one["method"], one["draws"]) == (0.5, "mfm", DRAWS))
+    expected = agreement(value(f"t0.5/mfm-{first['evaluations']:g}"), value("t0.5/sde-200"))
+    assert [first["r"], first["error"]] == pytest.approx([expected["r"], expected["error"]], rel=1e-4)
+    assert "lettered must be given prompts, got none" in refused(*options)
+
+
 def test_results_under_one_reward_do_not_replace_those_under_another(posteriors, tmp_path):
     for reward in ("redness", "contrast", f"{__name__}:half"):
         run("values", "--posteriors", posteriors, "--reward", reward, "--out", tmp_path)
@@ -437,7 +461,7 @@ def test_the_reference_is_the_longest_sde_rollout(tmp_path):
         (["--draws", "0,2"], "--draws must be from 1 to 6"),
         (["--draws", "all"], "--draws must be"),
         (["--scale", "inf"], "--scale must be finite, got inf"),
-        (["--reward", "beauty"], "must be brightness, contrast, redness or module:function, got 'beauty'"),
+        (["--reward", "beauty"], "imagereward=PATH or module:function, got 'beauty'"),
         (["--reward", "torch:square"], "a reward must return one number per sample"),
         (["--reward", f"{__name__}:coupled"], "must not depend on the other samples of a batch"),
         (["--batch", "0"], "the batch must be an integer >= 1, got 0"),
@@ -470,32 +494,3 @@ def test_folders_that_are_not_as_they_must_be_are_refused(tmp_path):
     np.savez(folder / "t0.5" / "mfm-1" / "latents.npz", arr_0=np.zeros(1))
     (folder / "t0.5" / "mfm-1" / "samples.npz").unlink()
     assert "there are only latents: give imagenet.posterior a --vae" in with_record()
-
-
-# ---- rewards ---------------------------------------------------------------------------------------------
-
-
-def test_rewards_of_plain_images():
-    """White, black, red; and half white, half black, whose luma has the standard deviation ½."""
-    x = torch.zeros(4, 3, 6, 6)
-    x[0], x[2, 0], x[3, :, :3] = 1, 1, 1
-    assert brightness(x).tolist() == pytest.approx([1, 0, 0.2126, 0.5])
-    assert redness(x).tolist() == pytest.approx([0, 0, 1, 0])
-    assert contrast(x).tolist() == pytest.approx([0.001, 0.001, 0.001, 0.5], abs=1e-5)
-
-
-@pytest.mark.parametrize("name", REWARDS)
-def test_rewards_have_gradients_of_each_image_alone(name):
-    reward = load_reward(name)
-    x = torch.rand(2, 3, 3, 3, generator=rng(0), dtype=torch.float64, requires_grad=True)
-    assert gradcheck(reward, (x,))
-    assert torch.equal(reward(x[:1]), reward(x)[:1])
-    uniform = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
-    assert torch.autograd.grad(reward(uniform).sum(), uniform)[0].isfinite().all()
-    for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 3), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) of real numbers"):
-            reward(wrong)
-
-
-def test_any_function_is_a_reward():
-    assert load_reward(f"{__name__}:half") is half
