@@ -25,6 +25,7 @@ def finetune_loss(
     n: int = 1,
     method: str = "gradient",
     weight: Callable[[Tensor], Tensor] | None = None,
+    gain: Callable[[Tensor], Tensor] | None = None,
     log_scale: float = 0.0,
     eps: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -50,6 +51,8 @@ def finetune_loss(
         n: posterior samples per state; the loss averages over them.
         method: "gradient" or "stein".
         weight: w(t), `(B,) -> (B,)`; None for 1.
+        gain: γ(t), `(B,) -> (B,)`, a factor of g, for "gradient" alone; None for 1. With any other the minimiser is not
+            b* but b + γ (b* − b): γ = c t/(1−t) is what a constant c in the place of σ²/2 amounts to.
         log_scale: a constant c; e^{r−c} takes the place of e^r. Not to be computed from the batch.
         eps: the noises `(n, B, *D)`; drawn where None.
         generator: source of the noises.
@@ -59,10 +62,10 @@ def finetune_loss(
 
     Raises:
         ValueError: an unknown method, "stein" at t = 1, "gradient" at t = 0 with a map that reads x instead of
-            t·x, n below one, a drift or a weight of another shape, a reward of the wrong shape or not finite,
-            or one so large that e^{r−c} overflows.
+            t·x, a gain with "stein", n below one, a drift, a weight or a gain of another shape, a reward of the wrong
+            shape or not finite, or one so large that e^{r−c} overflows.
     """
-    r, targets = _rewards_and_targets(base, X, reward, t, x, y, n, method, eps, generator)
+    r, targets = _rewards_and_targets(base, X, reward, t, x, y, n, method, eps, generator, gain)
     with torch.no_grad():
         factor = (r - log_scale).exp()
         check_finite(factor, "e^(r − log_scale): choose a larger log_scale; it")
@@ -116,13 +119,18 @@ def _rewards_and_targets(
     method: str,
     eps: Tensor | None,
     generator: torch.Generator | None,
+    gain: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r(X_i), `(n, B)`, and b + g(X_i), `(n, B, *D)`, of posterior draws X_i, without a graph; see `finetune_loss`."""
     if method == "gradient":
         _, r, gradient = context_gradient(X, reward, t, x, n, y=y, eps=eps, generator=generator)
         with torch.no_grad():
+            if gain is not None:
+                gradient = _of_time(gain, t, x, "gain").reshape(-1, *[1] * (x.ndim - 1)) * gradient
             return r, _call(base, t, x, y, "base") + gradient
     if method == "stein":
+        if gain is not None:
+            raise ValueError('a gain needs method "gradient", got "stein"')
         if bool((expand_time(t, x) == 1).any()):
             raise ValueError('method "stein" needs t < 1, got t = 1, where the posterior is one point')
         with torch.no_grad():
@@ -133,12 +141,15 @@ def _rewards_and_targets(
 
 def _weights(weight: Callable[[Tensor], Tensor] | None, t: Time, x: Tensor) -> Tensor:
     """w(t), `(B,)`."""
+    return _of_time(torch.ones_like if weight is None else weight, t, x, "weight")
+
+
+def _of_time(function: Callable[[Tensor], Tensor], t: Time, x: Tensor, name: str) -> Tensor:
+    """A function of the time of each state, `(B,)`."""
     times = expand_time(t, x).flatten()
-    if weight is None:
-        return torch.ones_like(times)
-    w = weight(times)
-    check_same_shape(weight=w, t=times)
-    return w
+    values = function(times)
+    check_same_shape(**{name: values}, t=times)
+    return values
 
 
 def _call(drift: Drift, t: Time, x: Tensor, y: Tensor | None, name: str) -> Tensor:

@@ -408,3 +408,30 @@ def test_float32_is_within_1e_4(case: Case, method):
     exact, rounded = loss(case.p1, t.double(), x.double(), eps=eps.double()), loss(p32, t, x, eps=eps)
     assert rounded.dtype == torch.float32
     assert_close(rounded.double(), exact, 1e-4, 1 + exact)
+
+
+# ---- a gain of the guidance ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.25, 3.0])
+def test_with_a_gain_the_minimiser_is_the_base_and_so_many_times_the_guidance(gamma):
+    """b + γ (b* − b), γ a function of the time: on 100,000 quantiles, at one state."""
+    p1, reward = normal(2.0), GaussianLikelihood(torch.ones(1, dtype=torch.float64), 1.0, SIGMA)
+    x = torch.full((1, 1), STATE, dtype=torch.float64)
+    base, exact = p1.drift(T, x).item(), p1.tilt(reward).drift(T, x).item()
+
+    def loss(*arguments, **options):
+        return finetune_loss(*arguments, gain=lambda t: gamma / T * t, **options)
+
+    found = minimiser(loss, quantiles(100_000).reshape(1, -1, 1), "gradient").item()
+    assert found == pytest.approx(base + gamma * (exact - base), abs=3e-3)
+
+
+def test_a_gain_is_of_the_gradient_form_and_of_the_times():
+    p1, reward = PROBLEMS["gaussian"]
+    x = randn(3, 2, seed=1)
+    arguments = p1.drift, p1.drift, ExactFlowMap(p1), reward, 0.4, x
+    with pytest.raises(ValueError, match='a gain needs method "gradient", got "stein"'):
+        finetune_loss(*arguments, method="stein", gain=torch.ones_like)
+    with pytest.raises(ValueError, match=r"must have the same shape: gain \(1,\), t \(3,\)"):
+        finetune_loss(*arguments, gain=lambda t: t[:1])

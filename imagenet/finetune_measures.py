@@ -1,0 +1,96 @@
+"""What `imagenet.finetune` measures on the way: rewards and diversity of samples, whose labels and noises stay."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagenet.commands import in_precision
+from imagenet.prompts import prompts_for
+from imagenet.rewards import LatentReward, RewardSum
+from imagenet.run import GRID, ModelOptions, decoded, generators, grid, guided, save_image
+from imagenet.sample import SampleOptions, draw
+from imagenet.vae import VAE
+from mfm_ref import FlowMap
+from mfm_ref.files import atomic_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """How networks are measured, and the folder of the results."""
+
+    model: ModelOptions  # how a network is evaluated; its folder `out` gets the results
+    labels: Tensor  # (n,), of the samples; each class is there twice or more
+    steps: int  # of Euler
+    batch: int  # samples that are made together
+    reward: RewardSum  # that is trained for
+    held_out: dict[str, RewardSum]  # that are not
+    vae: VAE | None
+    template: str  # of prompts
+    names: list[str] | None  # of the classes; None: ImageNet's
+
+    def on_latents(self, reward: RewardSum, y: Tensor, scale: float = 1.0) -> LatentReward:
+        """`scale` times a reward, of latents of which row i has label y_i."""
+        prompts = prompts_for(self.template, y.tolist(), self.names) if reward.reads_prompts else None
+        return LatentReward(self.vae, reward, prompts, scale)
+
+    @torch.no_grad()
+    def samples(self, network: FlowMap) -> Tensor:
+        """Samples along the ODE of a network, `(n, *D)` on the CPU."""
+        how, X, found = SampleOptions(method="euler", steps=self.steps), guided(network, self.model), []
+        for rows in torch.arange(len(self.labels)).split(self.batch):
+            y, sources = self.labels[rows].to(X.device), generators(self.model.seed, rows.tolist())
+            with in_precision(self.model.precision, self.model.device):
+                found.append(draw(how, X, y, sources).float().cpu())
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def scores(self, reward: RewardSum, x: Tensor) -> Tensor:
+        """A reward of samples `(n, *D)`, `(n,)`, float64."""
+        pairs = zip(x.split(self.batch), self.labels.split(self.batch), strict=True)
+        return torch.cat([self.on_latents(reward, y)(part.to(self.model.device)).double().cpu() for part, y in pairs])
+
+    def take(self, network: FlowMap, step: int) -> Tensor:
+        """Measure a network after `step` updates: its line of rewards.jsonl, and its grid; the rewards `(n,)`.
+
+        A line of this step that is there is replaced: what is measured again is the same.
+        """
+        lines, x = self.lines(), self.samples(network)
+        r, spread = self.scores(self.reward, x), diversity(x, self.labels)
+        lines[step] = {
+            "step": step,
+            "reward": mean_and_error(r),
+            "held_out": {name: mean_and_error(self.scores(reward, x)) for name, reward in self.held_out.items()},
+            "diversity": spread,
+            "diversity_of_base": lines[0]["diversity"] if step else spread,
+        }
+        if self.vae is not None:
+            images = decoded(self.vae, x[: GRID**2].to(self.vae.device))
+            save_image(grid(images, GRID), self.model.out / f"grid-{step:08d}.png")
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(lines[k]) + "\n" for k in sorted(lines)))
+        return r
+
+    @property
+    def path(self) -> Path:
+        """rewards.jsonl."""
+        return self.model.out / "rewards.jsonl"
+
+    def lines(self) -> dict[int, dict[str, Any]]:
+        """What has been measured, by steps."""
+        found = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        return {line["step"]: line for line in found}
+
+
+def diversity(x: Tensor, y: Tensor) -> float:
+    """The mean Euclidean distance of two samples of one class, mean over the classes; x `(n, *D)`, y `(n,)`."""
+    return float(torch.stack([torch.pdist(x[y == label].flatten(1)).mean() for label in y.unique()]).mean())
+
+
+def mean_and_error(r: Tensor) -> list[float]:
+    """The mean, and its standard error."""
+    return [float(r.mean()), float(r.std() / math.sqrt(len(r)))]
