@@ -32,6 +32,7 @@ from torch import Tensor
 from imagenet.commands import check_device, numbers, refusing
 from imagenet.latents import Latents
 from imagenet.npz import some_rows
+from imagenet.pictures import draw_lines
 from imagenet.run import (
     AGAIN,
     CONTEXTS,
@@ -58,7 +59,6 @@ from imagenet.vae import VAE
 from mfm_ref import FlowMap, MetaFlowMap, glass_rollout, interpolate, sample_posterior, sde_rollout
 from mfm_ref.checks import check_count
 from mfm_ref.distributed import Process, processes
-from mfm_ref.figures import new_figure, save_figure
 from mfm_ref.files import load_json, save_json
 from mfm_ref.flow_map import unconditional_drift
 from mfm_ref.options import option, parse
@@ -74,8 +74,6 @@ DECIMALS = 6  # of a time, which is in the name of its folder and, as a whole nu
 NAMES = {"mfm": "MFM", "glass": "GLASS", "sde": "SDE", "again": "SDE again"}
 SHOWN = 2  # draws of a method in a picture, at most
 WIDEST = 10  # images beside each other in a picture, at most
-GAP = 2  # white pixels between them
-INCHES = 2.0  # of an image in a picture, a side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,19 +227,8 @@ def draw_picture(run: Run, vae: VAE, t: float) -> None:
     contexts = pictured(run.config)
     names = [run.clean.latents.classes[run.clean.labels[c]] for c in contexts]
     lines = lines_of(panels_of(run, vae, t))
-    pages = [page_of(list(line.values())) for line in lines]
-    high, wide = len(pages[0]), max(page.shape[1] for page in pages)
-    inch = high / len(contexts) / INCHES  # in pixels
-    figure, axes = new_figure(len(lines), 1, size=(wide / inch + 0.5, high / inch + 0.5))
-    for ax, line, page in zip(axes[:, 0], lines, pages, strict=True):
-        ax.imshow(np.pad(page, ((0, 0), (0, wide - page.shape[1]), (0, 0)), constant_values=255))
-        edges = np.cumsum([0, *(page_of([images]).shape[1] for images in line.values())])
-        ax.set_xticks((edges[1:] + edges[:-1]) / 2, line, fontsize=9)
-        ax.set_yticks((np.arange(len(names)) + 0.5) * high / len(names), names, fontsize=9, rotation=90, va="center")
-        ax.tick_params(length=0, labeltop=True, labelbottom=False)
-        ax.spines[:].set_visible(False)
-    figure.suptitle(f"t = {t:g}: clean images x₁, noised ones x_t, and draws of p(x₁ | x_t, y)", fontsize=10)
-    save_figure(figure, run.config.out / f"t{t:g}.png")
+    title = f"t = {t:g}: clean images x₁, noised ones x_t, and draws of p(x₁ | x_t, y)"
+    draw_lines(lines, names, title, run.config.out / f"t{t:g}.png")
 
 
 def pictured(config: PosteriorOptions) -> list[int]:
@@ -273,14 +260,6 @@ def lines_of(panels: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
             lines.append({})
         lines[-1][title] = images
     return lines
-
-
-def page_of(panels: list[np.ndarray]) -> np.ndarray:
-    """Panels `(rows, columns, H, W, 3)` beside each other, as one image, with white gaps."""
-    images = np.concatenate(panels, 1)
-    images = np.pad(images, ((0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
-    rows, columns, height, width, channels = images.shape
-    return images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
 
 # ---- the whole run ---------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 A folder of samples holds, once it is finished,
 
     samples.npz      arr_0 uint8 (n, H, W, 3) and arr_1 int64 labels (n,), as ADM's evaluation reads them
-    latents.npz      without a VAE in its place: arr_0 float32 (n, *D), as the network has them
+    latents.npz      without a VAE in its place, and where a script keeps both: arr_0 float32 (n, *D), as the network
+                     has them
     grid.png         the first images, where there is a VAE
-    settings.json    all settings, the network, its weights, the VAE, and the evaluations that a sample took
+    settings.json    all settings, the network, its weights, the VAE, and the evaluations that a sample took; of what
+                     the core counts, "cost", too
 
 and until then .parts/, batch by batch, from which a run that was killed goes on. Every random number belongs to the
 number of one sample, so that the samples depend neither on the processes that shared the work nor on the device, but
@@ -31,7 +33,7 @@ from imagenet.npz import first_rows, open_rows, write_npz
 from imagenet.shards import Arrays, Shards, differences, parts_of, work
 from imagenet.sit import KINDS
 from imagenet.vae import VAE, sha256_of_weights, to_uint8
-from mfm_ref import ClassifierFree, FlowMap, Guided, MetaFlowMap
+from mfm_ref import ClassifierFree, Cost, FlowMap, Guided, MetaFlowMap
 from mfm_ref.checks import check_count, check_finite
 from mfm_ref.data import stream_seed
 from mfm_ref.distributed import Process
@@ -236,10 +238,11 @@ class Job:
     settings: dict[str, Any]  # all that they depend on; a folder of others is refused
     facts: dict[str, Any]  # more, for settings.json
     labels: Tensor  # (n,), int64
-    draw: Callable[[range], Tensor]  # numbers of samples -> latents (len, *D)
+    draw: Callable[[range], Tensor | tuple[Tensor, Cost]]  # numbers of samples -> latents (len, *D), and their cost
     passes: Passes  # of the networks in `draw`
     vae: VAE | None  # that decodes them
     batch: int
+    keep_latents: bool = False  # beside images, too
 
 
 def run_job(job: Job, folder: Path, process: Process, progress: str) -> dict[str, Any] | None:
@@ -301,7 +304,8 @@ def finished(job: Job, folder: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} belongs to a run with other settings ({others}): remove it or write elsewhere (--out)"
         )
-    return record if has_rows(folder / name_of(job.vae), len(job.labels)) else None
+    names = {name_of(job.vae), *(["latents.npz"] if job.keep_latents else [])}
+    return record if all(has_rows(folder / name, len(job.labels)) for name in names) else None
 
 
 def has_rows(path: Path, n: int) -> bool:
@@ -316,11 +320,14 @@ def has_rows(path: Path, n: int) -> bool:
 @torch.no_grad()
 def make(job: Job, rows: range) -> tuple[Arrays, dict[str, Any]]:
     """The samples of some numbers, as images or latents, and the evaluations that they took."""
-    before = job.passes.rows
-    latents = job.draw(rows)
+    before, drawn = job.passes.rows, job.draw(rows)
+    latents, cost = drawn if isinstance(drawn, tuple) else (drawn, None)
     check_finite(latents, f"the samples {rows.start} to {rows.stop - 1}")
-    found = latents.float().cpu().numpy() if job.vae is None else decoded(job.vae, latents)
-    return {"samples": found}, {"evaluations": job.passes.rows - before}
+    info = {"evaluations": job.passes.rows - before} | ({} if cost is None else {"cost": dataclasses.asdict(cost)})
+    plain = latents.float().cpu().numpy()
+    if job.vae is None:
+        return {"samples": plain}, info
+    return {"samples": decoded(job.vae, latents)} | ({"latents": plain} if job.keep_latents else {}), info
 
 
 @torch.no_grad()
@@ -335,9 +342,15 @@ def assemble(job: Job, folder: Path, shards: Shards, count: int) -> dict[str, An
     write_npz(path, [shards.read(k, "samples") for k in range(count)], job.labels.numpy())
     if job.vae is not None:
         save_image(grid(first_rows(path, GRID**2), GRID), folder / "grid.png")
-    rows = sum(shards.info(k)["evaluations"] for k in range(count))
+    if job.vae is not None and job.keep_latents:
+        write_npz(folder / "latents.npz", [shards.read(k, "latents") for k in range(count)], job.labels.numpy())
+    infos = [shards.info(k) for k in range(count)]
+    rows = sum(info["evaluations"] for info in infos)
     evaluations = rows / n if rows % n else rows // n
     record = {"settings": job.settings, "samples": n, "evaluations_per_sample": evaluations, **job.facts}
+    costs = [Cost(**info["cost"]) for info in infos if "cost" in info]
+    if costs:
+        record["cost"] = dataclasses.asdict(sum(costs[1:], costs[0]))
     save_json(record, folder / "settings.json")
     return record
 

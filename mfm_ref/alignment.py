@@ -21,7 +21,7 @@ from mfm_ref.checks import (
 from mfm_ref.estimators import controlled_guidance, gradient_guidance, log_mean_exp, stein_guidance
 from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
 from mfm_ref.interpolant import denoiser_to_drift, noise_scale
-from mfm_ref.noise import posterior_noise
+from mfm_ref.noise import Source, posterior_noise
 from mfm_ref.sampling import sample_posterior
 
 METHODS = ("controlled", "gradient", "stein")
@@ -38,7 +38,7 @@ def value(
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """E15: V̂_t(x) = log (1/n) Σ_i exp r(X_{0,1}(ε_i; t, x)), `(B,)`.
 
@@ -71,7 +71,7 @@ def value_gradient(
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     max_rows: int | None = None,
 ) -> Tensor:
     """∇V_t(x), `(B, *D)`, from n posterior draws.
@@ -87,7 +87,7 @@ def value_gradient(
         steps: evaluations of the map per draw, as in `sample_posterior`.
         y: class labels `(B,)`, or None.
         eps: the noises `(n, B, *D)`; drawn where None.
-        generator: source of the noises.
+        generator: source of the noises; of a sequence, generator b gives those of state b.
         max_rows: most rows (of the n·B) in one call of the map, and, where more than n, in one estimate, which bounds
             the memory; all of them where None. The noises are drawn before, so it does not change the result but
             for rounding. See `rows_within`.
@@ -119,7 +119,7 @@ def guidance(
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     max_rows: int | None = None,
 ) -> Tensor:
     """(σ_t²/2) ∇V_t(x) (E7), `(B, *D)`, finite at t = 0 although σ² is not.
@@ -135,11 +135,11 @@ def guidance(
         check_count(max_rows, "max_rows")
     if max_rows is not None and len(x) > 1 and n * len(x) > max_rows:
         # States do not depend on each other: the estimate, and not the draws alone, is made block by block.
-        size, times = max(1, max_rows // n), expand_time(t, x).flatten()
-        parts = [slice(first, first + size) for first in range(0, len(x), size)]
-        blocks = ((times[i], x[i], None if y is None else y[i], eps[:, i]) for i in parts)
         return torch.cat(
-            [guidance(X, reward, t, x, n, method, steps=steps, y=y, eps=e, max_rows=max_rows) for t, x, y, e in blocks]
+            [
+                guidance(X, reward, times, part, n, method, y=labels, eps=eps[:, i], steps=steps, max_rows=max_rows)
+                for i, times, part, labels in _blocks(max(1, max_rows // n), t, x, y)
+            ]
         )
     if method == "stein":
         draws, r = posterior_rewards(X, reward, t, x, eps, steps=steps, y=y, max_rows=max_rows)
@@ -164,7 +164,7 @@ def doob_drift(
     steps: int = 1,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     max_rows: int | None = None,
 ) -> Tensor:
     """E7: b*_t(x) = b_t(x) + (σ_t²/2) ∇V_t(x), estimated with n posterior draws; `(B, *D)`.
@@ -194,15 +194,23 @@ def denoiser(X: MetaFlowMap, t: Time, x: Tensor, y: Tensor | None = None) -> Ten
     return X.velocity(0.0, 0.0, torch.zeros_like(x), t, x, y)
 
 
-def dps_drift(X: MetaFlowMap, reward: Reward, t: Time, x: Tensor, *, y: Tensor | None = None) -> Tensor:
+def dps_drift(
+    X: MetaFlowMap, reward: Reward, t: Time, x: Tensor, *, y: Tensor | None = None, max_rows: int | None = None
+) -> Tensor:
     """E20, the DPS baseline: b_t(x) + (σ_t²/2) ∇_x r(D_t(x)), the reward of the posterior's mean; `(B, *D)`.
 
     D is read off the context (`denoiser`), so t = 0 is finite as in `guidance`; b = (D − x)/(1−t) is the same
-    evaluation.
+    evaluation. `max_rows` is the most states at once; all of them where None.
 
     Raises:
         ValueError: as in `guidance`, and at t = 1.
     """
+    check_labels(y, len(x))
+    if max_rows is not None:
+        check_count(max_rows, "max_rows")
+        if len(x) > max_rows:
+            blocks = _blocks(max_rows, t, x, y)
+            return torch.cat([dps_drift(X, reward, times, part, y=labels) for _, times, part, labels in blocks])
     factor = guidance_factor(X, t, x)
     with torch.enable_grad():
         reader, context = through_context(X, t, x)
@@ -275,7 +283,7 @@ def context_gradient(
     *,
     y: Tensor | None = None,
     eps: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior draws X, their rewards `(n, B)` and (σ_t²/2) ∇_x r(X) of each (E18), `(n, B, *D)` like the draws.
 
@@ -345,7 +353,7 @@ def guidance_factor(X: MetaFlowMap, t: Time, x: Tensor) -> Tensor:
     if bool((time == 0).any()):
         raise ValueError(
             "differentiating a map that reads x (reads_tx is false), as rollouts do, needs t > 0, got t = 0; "
-            'use method "stein", or let its network read t·x'
+            'use method "stein", steer from a later time on (guide_from), or let its network read t·x'
         )
     return noise_scale(time) / 2
 
@@ -369,13 +377,21 @@ class _ReadingTx:
 # ---- helpers -------------------------------------------------------------------------------------------
 
 
-def _noises(n: int, x: Tensor, kind: str, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _noises(n: int, x: Tensor, kind: str, eps: Tensor | None, generator: Source) -> Tensor:
     check_count(n, "n")
     if eps is None:
         return posterior_noise(n, x, kind, generator=generator)
     if eps.shape != (n, *x.shape):
         raise ValueError(f"eps must have shape {(n, *x.shape)}, got {tuple(eps.shape)}")
     return eps
+
+
+def _blocks(size: int, t: Time, x: Tensor, y: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+    """Which states, their times `(size,)`, themselves and their labels, `size` states at a time."""
+    times = expand_time(t, x).flatten()
+    for first in range(0, len(x), size):
+        part = slice(first, first + size)
+        yield part, times[part], x[part], None if y is None else y[part]
 
 
 def _chunks(

@@ -43,7 +43,7 @@ def best_of_n(
     dynamics: str = "ode",
     y: Tensor | None = None,
     max_rows: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     progress: str | None = None,
 ) -> tuple[Tensor, Cost]:
     """E20: the best of n samples of p₁ each, by reward; the drift is b_t (E2), read off the diagonal of the map.
@@ -59,7 +59,7 @@ def best_of_n(
         y: class labels `(n_samples,)`, or None.
         max_rows: largest number of rows in one call of the map or of the reward; None for no limit. It does not
             change the result. The states of all n·n_samples candidates are held in memory.
-        generator: source of all noise.
+        generator: source of all noise; of a sequence, generator i gives that of all candidates of sample i.
         progress: label of a progress bar; none where None.
 
     Returns:
@@ -79,8 +79,11 @@ def best_of_n(
         def drift(t: float, x: Tensor) -> Tensor:
             return by_rows(lambda x, y: (unconditional_drift(X, t, x, y),), max_rows, x, labels)[0]
 
-        x = noise_like(X, n * n_samples, generator=generator)
-        x = integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)
+        x = noise_like(X, n, n_samples, generator=generator).flatten(0, 1)
+        of_rows = generator
+        if generator is not None and not isinstance(generator, torch.Generator):
+            of_rows = [*generator] * n
+        x = integrate(drift, x, grid, dynamics=dynamics, generator=of_rows, progress=progress)
         with at_step(len(grid) - 1, len(grid) - 1, 1.0):
             (r,) = by_rows(lambda x: (evaluate_reward(reward, x),), max_rows, x)
         found = best(x.unflatten(0, (n, -1)), r.unflatten(0, (n, -1)), n_samples)

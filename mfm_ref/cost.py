@@ -41,7 +41,9 @@ class Cost:
         return Cost(**sums | {"peak_memory": max(self.peak_memory, other.peak_memory)})
 
 
-def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
+def evaluations(
+    method: str, steps: int, *, n: int = 1, m: int = 1, guided: int | None = None, posterior_steps: int = 1
+) -> int:
     """The paper's accounting, per sample: what `Cost.evaluations` counts, by formula.
 
     Args:
@@ -49,20 +51,28 @@ def evaluations(method: str, steps: int, *, n: int = 1, m: int = 1) -> int:
             (drift; map and reward); "dps" 4K (the paper's 4NK is that of N chains); "search" 2mnK; "best_of_n"
             nK + n; "smc", of the whole population, m (4K − 2): DPS's 4 in each step but the last, which has no
             guidance; "smc_base" 2mK.
+            Steered from a later time on, or with p evaluations of the map in a draw, G of the K evaluations guided:
+            K + (2p + 2) n G, K + (p + 1) n G and K + 3G.
         steps: K, evaluations of the drift: the number of steps, times the `EVALUATIONS` of the dynamics in one.
         n: posterior draws per step and sample; of "best_of_n" the candidates.
         m: particles of "search", "smc" and "smc_base" (its base proposal).
+        guided: G, of "gradient", "controlled", "stein" and "dps"; K where None.
+        posterior_steps: p, of the first three.
 
     Raises:
-        ValueError: counts below one, or an unknown method.
+        ValueError: counts below one (guided: below zero or above K), or an unknown method.
     """
-    for name, count in {"steps": steps, "n": n, "m": m}.items():
+    for name, count in {"steps": steps, "n": n, "m": m, "posterior_steps": posterior_steps}.items():
         check_count(count, name)
+    guided = steps if guided is None else guided
+    check_count(guided, "guided", 0)
+    if guided > steps:
+        raise ValueError(f"guided must be at most steps = {steps}, got {guided}")
     formulas = {
-        "gradient": steps + 4 * n * steps,
-        "controlled": steps + 4 * n * steps,
-        "stein": steps + 2 * n * steps,
-        "dps": 4 * steps,
+        "gradient": steps + (2 * posterior_steps + 2) * n * guided,
+        "controlled": steps + (2 * posterior_steps + 2) * n * guided,
+        "stein": steps + (posterior_steps + 1) * n * guided,
+        "dps": steps + 3 * guided,
         "search": 2 * m * n * steps,
         "best_of_n": n * steps + n,
         "smc": m * (4 * steps - 2),

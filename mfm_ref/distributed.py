@@ -22,7 +22,10 @@ class Process(NamedTuple):
 
 @contextmanager
 def processes(device: str = "cpu") -> Iterator[Process]:
-    """The group of the processes that torchrun started (nccl on cuda, gloo elsewhere); without torchrun, this one."""
+    """The group of the processes that torchrun started (nccl on cuda, gloo elsewhere); without torchrun, this one.
+
+    Within a group it is that one, and lives on.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Process(0, 1, torch.device(device))
@@ -31,11 +34,14 @@ def processes(device: str = "cpu") -> Iterator[Process]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    own = not grouped()
+    if own:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield Process(dist.get_rank(), world, place)
     finally:
-        dist.destroy_process_group()
+        if own:
+            dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from mfm_ref.files import atomic_path
 
 # Okabe and Ito's palette.
-COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "grey": "#999999"}
+COLOURS = {
+    "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "red": "#D55E00", "purple": "#CC79A7",
+    "sky": "#56B4E9", "grey": "#999999",
+}  # fmt: skip
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -12,6 +12,7 @@ from mfm_ref.checks import Reward, at_step, check_count, check_labels
 from mfm_ref.cost import Cost, counting
 from mfm_ref.flow_map import MetaFlowMap
 from mfm_ref.interpolant import interpolate
+from mfm_ref.noise import Source
 from mfm_ref.sampling import check_grid, noise_like, time_grid
 
 PAPER_POWER = 2.5  # of the time grid: many steps early, where there is most to choose
@@ -31,7 +32,7 @@ def search(
     transition: str = "stochastic",
     y: Tensor | None = None,
     max_rows: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     progress: str | None = None,
 ) -> tuple[Tensor, Cost]:
     """E21 (Algorithm 4): `n_samples` independent searches, each with M particles and N posterior samples of each.
@@ -55,7 +56,7 @@ def search(
         y: class labels `(n_samples,)`, or None.
         max_rows: largest number of rows in one call of the map or of the reward; None for no limit. It does not
             change the result.
-        generator: source of all noise.
+        generator: source of all noise; of a sequence, generator i gives that of search i.
         progress: label of a progress bar; none where None.
 
     Returns:
@@ -73,18 +74,24 @@ def search(
     grid = time_grid(steps, power=PAPER_POWER) if times is None else check_grid(times)
     labels = None if y is None else y.repeat(particles)
     with counting(X, reward, n_samples) as (X, reward, cost):
-        x = noise_like(X, particles * n_samples, generator=generator)  # (M·B, *D), particle by particle
+
+        def noise(*draws: int) -> Tensor:
+            """`(*draws, M·B, *D)`, particle by particle."""
+            drawn = noise_like(X, *draws, particles, n_samples, generator=generator)
+            return drawn.flatten(len(draws), len(draws) + 1)
+
+        x = noise()
         bar = tqdm(list(pairwise(grid)), desc=progress, disable=progress is None, leave=False)
         for k, (t, t_next) in enumerate(bar):
             with at_step(k + 1, len(grid) - 1, t):
-                eps = noise_like(X, n, len(x), generator=generator)
+                eps = noise(n)
                 # draws (n, M·B, *D), r (n, M·B)
                 draws, r = posterior_rewards(X, reward, t, x, eps, y=labels, max_rows=max_rows)
                 if t_next < 1:
                     x1 = best(draws, r, len(x) if select == "particle" else n_samples)
                     x1 = x1.expand(len(x) // len(x1), *x1.shape).flatten(0, 1)
                     fresh = transition == "stochastic"
-                    x0 = noise_like(X, len(x), generator=generator) if fresh else (x - t * x1) / (1 - t)
+                    x0 = noise() if fresh else (x - t * x1) / (1 - t)
                     x = interpolate(x0, x1, t_next)
         found = best(draws, r, n_samples)
     return found, cost

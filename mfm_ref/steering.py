@@ -9,7 +9,8 @@ from torch import Tensor
 from mfm_ref.alignment import METHODS, doob_drift, dps_drift, rows_within
 from mfm_ref.checks import Reward, check_count, check_labels
 from mfm_ref.cost import Cost, counting
-from mfm_ref.flow_map import MetaFlowMap
+from mfm_ref.flow_map import MetaFlowMap, unconditional_drift
+from mfm_ref.noise import Source
 from mfm_ref.sampling import integrate, noise_like, time_grid
 
 
@@ -43,10 +44,12 @@ def steer(
     dynamics: str = "ode",
     rescale: bool = False,
     posterior_steps: int = 1,
+    guide_from: float = 0.0,
     x0: Tensor | None = None,
     y: Tensor | None = None,
     memory: float | None = 4e9,
-    generator: torch.Generator | None = None,
+    max_rows: int | None = None,
+    generator: Source = None,
     progress: str | None = None,
 ) -> tuple[Tensor, Cost]:
     """E7, E8: samples of the tilted law p* ∝ p₁ e^r, by the Doob ODE or the Doob SDE from t = 0 to 1.
@@ -65,11 +68,15 @@ def steer(
             the estimators do not give.
         rescale: guidance with the norm of the drift, see `doob_drift`; not for "dps".
         posterior_steps: evaluations of the map per posterior draw, as `steps` of `sample_posterior`.
+        guide_from: guidance begins at this time, in [0, 1]; before it the drift is b_t alone. A map that reads x cannot
+            be differentiated at t = 0, and any time above 0 will do; 1 is no guidance at all.
         x0: the noises to start from, `(n_samples, *D)`; drawn where None.
         y: class labels `(n_samples,)`, or None.
         memory: bytes that the graphs of one evaluation may take; draws beyond them wait their turn (`rows_within`),
             which changes the result by rounding alone. None for no bound.
-        generator: source of all noise.
+        max_rows: most rows in one call of the map, in the place of those that fit the memory; states, too, of "dps".
+        generator: source of all noise; of a sequence, generator i gives that of sample i, which then does not depend on
+            the batch but for rounding.
         progress: label of a progress bar; none where None.
 
     Returns:
@@ -86,23 +93,32 @@ def steer(
         raise ValueError('rescale must be False for method "dps", got True')
     if dynamics not in DYNAMICS:
         raise ValueError(f"dynamics must be one of {', '.join(DYNAMICS)}, got {dynamics!r}")
+    if not 0 <= guide_from <= 1:
+        raise ValueError(f"guide_from must lie in [0, 1], got {guide_from}")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory must be positive or None, got {memory}")
     x = noise_like(X, n_samples, generator=generator) if x0 is None else x0
     if x.shape != (n_samples, *X.shape):
         raise ValueError(f"x0 must have shape {(n_samples, *X.shape)}, got {tuple(x.shape)}")
+    if max_rows is not None:
+        check_count(max_rows, "max_rows")
     draws = n if callable(n) else lambda t: n
     grid = time_grid(steps) if times is None else times
 
     @cache  # called in the first step, so that an error of the reward names it
-    def max_rows() -> int | None:
-        return None if memory is None else rows_within(memory, X, None if method == "stein" else reward, y=y)
+    def most_rows() -> int | None:
+        if max_rows is not None or memory is None:
+            return max_rows
+        return rows_within(memory, X, None if method == "stein" else reward, y=y)
 
     with counting(X, reward, n_samples) as (counted, counted_reward, cost):
 
         def drift(t: float, x: Tensor) -> Tensor:
+            if t < guide_from:
+                with torch.no_grad():
+                    return unconditional_drift(counted, t, x, y)
             if method == "dps":
-                return dps_drift(counted, counted_reward, t, x, y=y)
+                return dps_drift(counted, counted_reward, t, x, y=y, max_rows=max_rows)
             return doob_drift(
                 counted,
                 counted_reward,
@@ -115,7 +131,7 @@ def steer(
                 steps=posterior_steps,
                 y=y,
                 generator=generator,
-                max_rows=max_rows(),
+                max_rows=most_rows(),
             )
 
         x = integrate(drift, x, grid, dynamics=dynamics, generator=generator, progress=progress)

@@ -1,8 +1,11 @@
-"""One thread and fixed examples: a test that passed once passes again."""
+"""One thread and fixed examples: a test that passed once passes again. And quick pictures."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 settings.register_profile("mfm_ref", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("mfm_ref")
@@ -12,3 +15,12 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Let torch.func.jvp load: on its first call torch compiles rules of its own by a function it deprecates."""
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Draw without placing the text, which takes longer than all that a fast run computes; `-m slow` places it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.option.markexpr == "not slow":
+            patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
+        yield

@@ -7,7 +7,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
 
+from imagenet.encode import FORMAT
+from imagenet.shards import Shards
 from imagenet.sit import SiT, build
+from mfm_ref.files import save_json
 
 SIZE = 64  # of an image, a side; its latents are (4, 8, 8)
 TILES = (3, 4)  # rows and columns of a photograph
@@ -65,3 +68,23 @@ def tiny_sit(
             fan_in = parameter[0].numel() if parameter.ndim > 1 and "labels" not in name else 4
             nn.init.normal_(parameter, std=0.7 * fan_in**-0.5, generator=generator)
     return network.eval()
+
+
+def tiny_latents(folder: Path, n: int = 24, size: int = 8, vae: dict[str, object] | None = None) -> Path:
+    """A folder as imagenet.encode leaves it, in shards of `size`: two classes, of opposite means, with no images."""
+    shape, seed = (4, 8, 8), 0
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % len(CLASSES)
+    sign = (2.0 * labels - 1).reshape(-1, 1, 1, 1, 1)
+    mean = sign + 0.3 * torch.randn(n, 2, *shape, generator=generator)
+    moments = torch.cat([mean, torch.full_like(mean, 0.2)], 2).half().numpy()
+    shards, facts = Shards(folder, {}), []
+    for k, first in enumerate(range(0, n, size)):
+        part = slice(first, first + size)
+        shards.write(k, {"moments": moments[part], "labels": labels[part].numpy()})
+        arrays = shards.info(k)["arrays"]
+        facts.append({"name": f"shard-{k:05d}", "sha256": {name: arrays[name]["sha256"] for name in arrays}})
+    record = {"format": FORMAT, "vae": vae or {"id": "none", "sha256": "0", "scale": 0.5}, "shape": list(shape)}
+    record |= {"flips": True, "counts": {"encoded": n}, "classes": list(CLASSES), "shards": facts}
+    save_json(record, folder / "latents.json")
+    return folder

@@ -99,6 +99,21 @@ def test_best_of_n_is_the_best_of_its_own_candidates(n_samples, n, steps, dynami
     assert cost.evaluations == evaluations("best_of_n", steps * EVALUATIONS[dynamics], n=n)
 
 
+@given(
+    st.integers(1, 3), st.sampled_from(DYNAMICS), st.none() | st.integers(1, 5), st.permutations(range(4)),
+    st.integers(1, 4), SEEDS,
+)  # fmt: skip
+def test_the_best_of_n_depends_on_its_own_generator_alone(n, dynamics, max_rows, part, size, seed):
+    """Any part of the samples, in any order and in chunks, is that part of all of them."""
+    X, reward, part = ExactFlowMap(random_mixture(2, 1, seed)), LinearReward(randn(2, seed=seed)), part[:size]
+    options = {"steps": 3, "dynamics": dynamics}
+    whole, _ = best_of_n(X, reward, 4, n, generator=[rng(seed + i) for i in range(4)], **options)
+    some, _ = best_of_n(X, reward, size, n, generator=[rng(seed + i) for i in part], max_rows=max_rows, **options)
+    assert_close(some, whole[part], 1e-9, 1 + whole.abs().max())
+    alone, _ = best_of_n(X, reward, 1, n, generator=rng(seed + part[0]), **options)
+    assert_close(alone, some[:1], 1e-9, 1 + whole.abs().max())
+
+
 def test_best_of_n_passes_labels_and_takes_any_shape():
     """Each row is carried to its own label: three results of three candidates."""
     by_label = MapOf(lambda s, u, z, t, x, y: z + (u - s) * y.reshape(-1, 1, 1), (2, 3))

@@ -1,5 +1,6 @@
 """The benchmarks run, and the floors in their table are the passes that the losses make. Nothing here is timed."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,14 +10,16 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import imagenet, objectives, steering
-from benchmarks.imagenet import ImagenetConfig, flops_of
+from benchmarks import imagenet, imagenet_training, objectives, steering
+from benchmarks.imagenet import ImagenetConfig
 from benchmarks.objectives import OBJECTIVES, BenchmarkConfig, Passes, loss_of
 from benchmarks.steering import SteeringConfig, loop_drift
 from benchmarks.transformer import Transformer
 from imagenet import sit
+from imagenet.cost import flops_of
 from mfm_ref import FlowMap, doob_drift
 from mfm_ref.noise import posterior_noise
+from mfm_ref.paper_recipe import PaperRows
 from tests.strategies import randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
@@ -197,3 +200,39 @@ def test_the_benchmark_of_the_transformer_runs_and_writes_what_it_prints(tmp_pat
     for row in report["rows"]:
         assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds"])
         assert row["utilisation"] == pytest.approx(row["flops_per_second"] / report["matrix_rate"])
+
+
+TINY_TRAINING = imagenet_training.TrainingConfig(
+    size="tiny", side=8, batches="3", precision="float32", compile=False, product=64, repeats=1, warm_up=1, draws=2,
+    samples="1", device="cpu", threads=1, date="2026-01-31",
+)  # fmt: skip
+
+
+def test_the_released_composition_is_the_same_loss():
+    """And the same gradient, to rounding: what is compared in speed does the same."""
+    X, teacher = imagenet_training.networks(TINY_TRAINING)
+    X, teacher.X = X.double(), teacher.X.double()
+    rows = PaperRows(
+        *(a.double() if a.is_floating_point() else a for a in imagenet_training.rows_of(TINY_TRAINING, 5, 1000))
+    )
+    found = []
+    for composition in (imagenet_training.ours, imagenet_training.released):
+        X.zero_grad()
+        loss = composition(X, teacher, rows)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in X.parameters() if p.requires_grad]
+        found.append(torch.cat([loss.detach().reshape(1), *gradients]))
+    assert found[0][1:].norm() > 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_benchmark_of_training_runs_and_writes_what_it_prints(tmp_path):
+    report = imagenet_training.main(dataclasses.replace(TINY_TRAINING, out=tmp_path))
+    assert json.loads((tmp_path / "imagenet-training.json").read_text()) == report
+    ours, released = report["steps"]
+    assert (ours["composition"], released["composition"]) == ("ours, eager", "released, eager")
+    assert ours["floor_utilisation"] / ours["utilisation"] == pytest.approx(9 / 10)
+    over = released["seconds"] / ours["seconds"]
+    table = imagenet_training.tables(report)
+    assert f"| {over:.2f} |" in table and "| 1.00 |" in table
+    assert f"| {report['guided'][0]['steps_per_second']:.2f} |" in table

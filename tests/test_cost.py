@@ -125,6 +125,9 @@ def test_the_papers_accounting():
     assert evaluations("smc", 100) == 398
     assert evaluations("smc", 100, m=64) == 25_472
     assert evaluations("stein", 1) == 3
+    assert evaluations("gradient", 250, n=16, guided=240, posterior_steps=2) == 250 + 6 * 16 * 240
+    assert evaluations("stein", 250, n=16, guided=240, posterior_steps=2) == 250 + 3 * 16 * 240
+    assert evaluations("dps", 250, guided=0) == 250
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,10 @@ def test_the_formula_refuses_counts_below_one():
         evaluations("stein", 1, n=0)
     with pytest.raises(ValueError, match="m must be an integer >= 1, got -1"):
         evaluations("search", 1, m=-1)
+    with pytest.raises(ValueError, match="posterior_steps must be an integer >= 1, got 0"):
+        evaluations("stein", 1, posterior_steps=0)
+    with pytest.raises(ValueError, match="guided must be at most steps = 3, got 4"):
+        evaluations("stein", 3, guided=4)
 
 
 def test_costs_add_up():

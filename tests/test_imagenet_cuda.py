@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from imagenet import sample
+from imagenet import sample, steer
+from imagenet.npz import first_rows
 from imagenet.sit import build
 from mfm_ref import FlowMap, sample_posterior
 from mfm_ref.forward_mode import derivative
@@ -113,3 +114,21 @@ def test_a_script_gives_the_same_samples_as_on_a_cpu(tmp_path):
                 found[device + str(len(more))] = torch.from_numpy(arrays["arr_0"]).double()
         assert relative(found["cuda0"], found["cpu0"]) < 1e-4
         assert 1e-4 < relative(found["cuda3"], found["cpu0"]) < 0.1
+
+
+def test_steered_samples_are_those_of_the_cpu(tmp_path):
+    """The noises of a sample are drawn on the CPU; draws take turns, and the graph is that of the compiled network."""
+    FlowMap(random_network(reads_tx=True)).save_pretrained(tmp_path / "mfm")
+    common = ["--weights", str(tmp_path / "mfm"), "--guidance", "2.5", "--count", "3", "--batch", "3", "--steps", "3"]
+    common += ["--reward", "tests.test_imagenet_steer:pull", "--scale", "5", "--draws", "4", "--memory", "0.001"]
+    methods = {"base": "base", "mfm-c": "mfm-c-4", "mfm-gf": "mfm-gf-4", "dps": "dps-4", "search": "search-4"}
+    for device, more in (("cpu", []), ("cuda", []), ("cuda", ["--compile"])):
+        out = tmp_path / f"{device}{len(more)}"
+        steer.main([*common, "--methods", ",".join(methods), "--device", device, "--out", str(out), *more])
+    for folder in methods.values():
+        of_cpu, plain, compiled = (
+            torch.from_numpy(first_rows(tmp_path / run / folder / "latents.npz", 3)).double()
+            for run in ("cpu0", "cuda0", "cuda1")
+        )
+        assert relative(plain, of_cpu) < 1e-3
+        assert relative(compiled, of_cpu) < 1e-3

@@ -15,6 +15,7 @@ from imagenet import encode, features
 from imagenet import posterior as script
 from imagenet import run as shared
 from imagenet.npz import first_rows
+from imagenet.pictures import page_of
 from imagenet.posterior import lines_of
 from imagenet.run import CONTEXTS, DRAWS
 from imagenet.vae import VAE, to_uint8
@@ -250,7 +251,7 @@ def test_a_picture_for_each_time(whole):
 
 def test_pictures_show_what_was_drawn(tiny, whole, monkeypatch):
     """In contexts spread over all: the first and the last two thirds of three."""
-    seen, page_of = [], script.page_of
+    seen = []
     monkeypatch.setattr(script, "lines_of", lambda panels: seen.append(panels) or lines_of(panels))
     teacher = ("--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5")
     script.main(arguments(tiny, whole, *teacher, "--pictured", "2"))

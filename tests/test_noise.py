@@ -101,6 +101,48 @@ def test_other_numbers_of_generators_are_refused(rows, needed):
         normal((2, 3, 4), torch.zeros(1), [rng(k) for k in range(5)], rows=rows)
 
 
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 9),
+    st.lists(SEEDS, min_size=1, max_size=4, unique=True),
+    st.sampled_from([(3,), (2, 2)]),
+    st.data(),
+)
+def test_noises_of_draws_are_those_of_their_row_in_any_batch(kind, n, seeds, shape, data):
+    """To the bit, in two calls one after the other; what a row gets alone is what its generator gives for it alone."""
+    part = data.draw(st.permutations(range(len(seeds))))[: data.draw(st.integers(1, len(seeds)))]
+
+    def two_calls(numbers):
+        sources, x = [rng(seeds[k]) for k in numbers], torch.zeros(len(numbers), *shape).double()
+        return [posterior_noise(n, x, kind, generator=sources) for _ in range(2)]
+
+    for whole, some in zip(two_calls(range(len(seeds))), two_calls(part), strict=True):
+        assert some.shape == (n, len(part), *shape)
+        assert torch.equal(some, whole[:, part])
+    alone = posterior_noise(n, torch.zeros(1, *shape).double(), kind, generator=rng(seeds[0]))
+    assert torch.equal(two_calls([0])[0], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noises_of_draws_from_generators_of_rows_are_normal_and_rows_apart(kind):
+    """Neighbouring seeds; the rows of one seed are equal, and fail."""
+    x = torch.zeros(4_000, 2).double()
+    eps = posterior_noise(4, x, kind, generator=[rng(k) for k in range(4_000)])
+    assert min(normal_p(eps[i]) for i in range(4)) > ALARM
+    assert z_scores((eps[:, :-1] * eps[:, 1:]).movedim(1, 0), 0.0).abs().max() < LIMIT
+    same = posterior_noise(4, x[:200], kind, generator=[rng(0) for _ in range(200)])
+    assert z_scores((same[:, :-1] * same[:, 1:]).movedim(1, 0), 0.0).abs().max() > LIMIT
+    if kind == "sobol":  # each row fills the space by itself
+        cells = (torch.special.ndtr(eps) * 4).long().sort(0).values
+        assert torch.equal(cells, torch.arange(4).reshape(4, 1, 1).expand(4, *x.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_numbers_of_generators_are_refused_for_draws(kind):
+    with pytest.raises(ValueError, match="generators must be one for each of 3 rows, got 2"):
+        posterior_noise(4, torch.zeros(3, 2), kind, generator=[rng(0), rng(1)])
+
+
 # ---- the law of each noise -------------------------------------------------------------------------------
 
 

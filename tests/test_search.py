@@ -99,6 +99,29 @@ def test_the_choices_differ(change, wrong):
     assert (a - b).abs().max() > 0.01
 
 
+@given(
+    m=st.integers(1, 3),
+    n=st.integers(1, 3),
+    select=SELECT,
+    transition=TRANSITION,
+    max_rows=st.none() | st.integers(1, 5),
+    part=st.permutations(range(4)),
+    size=st.integers(1, 4),
+    seed=SEEDS,
+)
+def test_a_search_depends_on_its_own_generator_alone(m, n, select, transition, max_rows, part, size, seed):
+    """Any part of the searches, in any order and in chunks, is that part of all; with one generator it is not."""
+    X, reward, part = ExactFlowMap(random_mixture(2, 1, seed)), LinearReward(randn(2, seed=seed)), part[:size]
+    options = {"particles": m, "n": n, "steps": 3, "select": select, "transition": transition}
+    whole, _ = search(X, reward, 4, generator=[rng(seed + i) for i in range(4)], **options)
+    some, _ = search(X, reward, size, generator=[rng(seed + i) for i in part], max_rows=max_rows, **options)
+    assert_close(some, whole[part], 1e-9, 1 + whole.abs().max())
+    alone, _ = search(X, reward, 1, generator=rng(seed + part[0]), **options)
+    assert_close(alone, some[:1], 1e-9, 1 + whole.abs().max())
+    shared, _ = search(X, reward, 4, generator=rng(seed), **options)
+    assert size == 4 or float((shared[:size] - whole[:size]).abs().max()) > 0
+
+
 # ---- laws ----------------------------------------------------------------------------------------------
 
 

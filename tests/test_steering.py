@@ -6,6 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mfm_ref import (
@@ -24,8 +26,8 @@ from mfm_ref import (
     time_grid,
 )
 from mfm_ref.alignment import guidance, unconditional_drift
-from tests.helpers import LIMIT, MapOf, gaussian, moment_scores, normal, slope
-from tests.strategies import assert_close, randn, random_mixture, rng
+from tests.helpers import LIMIT, MapOf, ReadsX, gaussian, moment_scores, normal, slope
+from tests.strategies import SEEDS, assert_close, randn, random_mixture, rng
 
 METHODS = ["gradient", "stein", "controlled"]
 DYNAMICS = ["ode", "midpoint", "sde"]
@@ -54,7 +56,7 @@ MAPS = {"oracle": lambda: ExactFlowMap(gaussian()), "network": network}
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("method", METHODS)
 def test_steering_converges_in_law_to_the_tilted_law(method, dynamics):
-    """Whitened moments of 1,000 samples, 5 statistics of 6e-7 each; N = 32 draws and 64 evaluations keep the bias under
+    """Whitened moments of 600 samples, 5 statistics of 6e-7 each; N = 32 draws and 64 evaluations keep the bias under
     two standard errors. Unsteered samples fail, half the guidance fails, and so does N = 1: "gradient" (and
     "controlled", which is the same then) drops the weights e^r, "stein" does nothing at all."""
     p1, reward = gaussian(), pull(0.6)
@@ -66,17 +68,17 @@ def test_steering_converges_in_law_to_the_tilted_law(method, dynamics):
     steps = 32 if dynamics == "midpoint" else 64
 
     def steered(n: int) -> Tensor:
-        return steer(X, reward, 1_000, n=n, steps=steps, method=method, dynamics=dynamics, generator=rng(0))[0]
+        return steer(X, reward, 600, n=n, steps=steps, method=method, dynamics=dynamics, generator=rng(0))[0]
 
     draws = rng(2)
 
     def half(t: float, x: Tensor) -> Tensor:
-        return unconditional_drift(X, t, x) + guidance(X, reward, t, x, 32, method, generator=draws) / 2
+        return unconditional_drift(X, t, x) + guidance(X, reward, t, x, 8, method, generator=draws) / 2
 
     assert score(steered(32)) < LIMIT
     assert score(steered(1)) > LIMIT
-    assert score(p1.sample(1_000, generator=rng(1))) > LIMIT
-    halved = integrate(half, randn(1_000, 2, seed=3), time_grid(steps), dynamics=dynamics, generator=rng(4))
+    assert score(p1.sample(600, generator=rng(1))) > LIMIT
+    halved = integrate(half, randn(600, 2, seed=3), time_grid(steps), dynamics=dynamics, generator=rng(4))
     assert score(halved) > LIMIT
 
 
@@ -448,6 +450,99 @@ def test_steering_takes_a_black_box_by_stein_alone():
             steer(X, black_box, 3, n=4, steps=3, method=method)
 
 
+# ---- one generator for each sample -----------------------------------------------------------------------
+
+
+@given(
+    method=st.sampled_from([*METHODS, "dps"]),
+    noise=st.sampled_from(["independent", "antithetic", "sobol"]),
+    dynamics=st.sampled_from(DYNAMICS),
+    max_rows=st.none() | st.integers(1, 7),
+    part=st.permutations(range(5)),
+    size=st.integers(1, 5),
+    seed=SEEDS,
+)
+def test_a_sample_depends_on_its_own_generator_alone(method, noise, dynamics, max_rows, part, size, seed):
+    """Any part of the samples, in any order and in chunks of any size, is that part of all of them: to rounding."""
+    X, part = ExactFlowMap(random_mixture(2, 1, seed)), part[:size]
+    options = {"n": 3, "steps": 3, "method": method, "noise": noise, "dynamics": dynamics}
+    whole, _ = steer(X, pull(), 5, generator=[rng(seed + i) for i in range(5)], **options)
+    some, _ = steer(X, pull(), size, generator=[rng(seed + i) for i in part], max_rows=max_rows, **options)
+    assert_close(some, whole[part], 1e-9, 1 + whole.abs().max())
+
+
+def test_one_generator_for_all_samples_does_depend_on_the_batch():
+    """What the test above would see."""
+    X, options = ExactFlowMap(gaussian()), {"n": 3, "steps": 3}
+    whole, some = (steer(X, pull(), n, generator=rng(0), **options)[0] for n in (5, 3))
+    assert float((some - whole[:3]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("dynamics", ["ode", "sde"])
+def test_generators_of_samples_steer_to_the_tilted_law(dynamics):
+    """Neighbouring seeds, as scripts give to neighbouring samples."""
+    p1, reward = gaussian(), pull(0.6)
+    tilted, options = p1.tilt(reward), {"n": 32, "steps": 64, "dynamics": dynamics}
+    found, _ = steer(ExactFlowMap(p1), reward, 300, generator=[rng(i) for i in range(300)], **options)
+    assert moment_scores(found, tilted.mean, tilted.cov) < LIMIT
+    assert moment_scores(found, p1.mean, p1.cov) > LIMIT
+
+
+# ---- guidance from a later time on -----------------------------------------------------------------------
+
+
+@given(
+    dim=st.integers(1, 4),
+    guide_from=st.sampled_from([0.0, 0.05, 0.25, 0.5, 1.0]),
+    method=st.sampled_from(["gradient", "dps"]),
+    dynamics=st.sampled_from(["ode", "midpoint"]),
+    reads_x=st.booleans(),
+    max_rows=st.none() | st.integers(1, 5),
+    seed=SEEDS,
+)
+def test_guidance_from_a_later_time_is_the_base_flow_and_then_the_tilted_one(
+    dim, guide_from, method, dynamics, reads_x, max_rows, seed
+):
+    """A linear reward of a Gaussian has no noise in its gradient: the path is along b, then along b* of p*, exactly."""
+    p1 = random_mixture(dim, 1, seed)
+    reward, start, times = LinearReward(randn(dim, seed=seed)), randn(3, dim, seed=seed + 1), time_grid(8)
+    if reads_x and guide_from == 0:
+        guide_from = 0.01  # all of the steps but the first
+    X = (ReadsX if reads_x else ExactFlowMap)(p1)
+    tilted, guided = p1.tilt(reward), []
+
+    def drift(t: float, x: Tensor) -> Tensor:
+        guided.append(t >= guide_from)
+        return (tilted if guided[-1] else p1).drift(t, x)
+
+    expected = integrate(drift, start, times, dynamics=dynamics)
+    options = {"n": 2, "times": times, "method": method, "dynamics": dynamics, "guide_from": guide_from}
+    found, cost = steer(X, reward, 3, x0=start, max_rows=max_rows, generator=rng(seed), **options)
+    assert_close(found, expected, 1e-8, 1 + expected.abs().max())
+    assert cost.evaluations == evaluations(method, len(guided), n=2, guided=sum(guided))
+
+
+def test_a_map_that_reads_x_is_steered_to_the_tilted_law_from_any_time_above_zero():
+    """The drift of the first step alone is missing; from the middle on it is too late."""
+    p1, reward = gaussian(), pull(0.6)
+    X, tilted = ReadsX(p1), p1.tilt(reward)
+
+    def score(guide_from: float) -> Tensor:
+        options = {"n": 32, "steps": 64, "method": "gradient", "guide_from": guide_from, "generator": rng(0)}
+        found, _ = steer(X, reward, 1_000, **options)
+        return moment_scores(found, tilted.mean, tilted.cov)
+
+    assert score(1e-3) < LIMIT < score(0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_evaluations_a_draw_are_in_the_formula(method):
+    X = ExactFlowMap(gaussian())
+    options = {"n": 4, "steps": 5, "method": method, "posterior_steps": 3, "guide_from": 0.5}
+    _, cost = steer(X, pull(), 2, generator=rng(0), **options)
+    assert cost.evaluations == evaluations(method, 5, n=4, guided=2, posterior_steps=3)
+
+
 # ---- errors that name the step -------------------------------------------------------------------------
 
 BAD_REWARDS = {
@@ -546,6 +641,8 @@ def test_a_reward_need_not_be_defined_everywhere():
         ({"method": "dps", "rescale": True}, "rescale must be False"),
         ({"dynamics": "heun"}, "dynamics must be one of ode, midpoint, sde, got 'heun'"),
         ({"noise": "halton"}, "noise must be"),
+        ({"guide_from": 1.5}, r"guide_from must lie in \[0, 1\], got 1.5"),
+        ({"max_rows": 0}, "max_rows must be an integer >= 1, got 0"),
     ],
 )
 def test_steer_refuses(change, match):

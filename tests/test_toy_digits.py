@@ -7,15 +7,33 @@ import math
 import pytest
 import torch
 
-from toy.digits import CLASS_WEIGHTS, TIMES, DigitsConfig, class_mixture_reward, load_digits, main
+from toy import digits
+from toy.common import start
+from toy.digits import (
+    CLASS_WEIGHTS,
+    FAST,
+    TIMES,
+    DigitsConfig,
+    check_posteriors,
+    class_mixture_reward,
+    load_digits,
+    main,
+    train_judge,
+    train_map,
+)
 
 pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
 def fast_runs(tmp_path_factory):
+    """Of the first the folder; both reports. The second draws no pictures."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    return folders[0], [main(DigitsConfig(out=folder, fast=True)) for folder in folders]
+    first = main(DigitsConfig(out=folders[0], fast=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_posteriors", "draw_steering"):
+            patch.setattr(digits, name, lambda *_: None)
+        return folders[0], [first, main(DigitsConfig(out=folders[1], fast=True))]
 
 
 def test_fast_run_writes_everything(fast_runs):
@@ -50,8 +68,11 @@ def test_numbers_lie_in_their_ranges(fast_runs):
 
 
 def test_another_seed_gives_other_numbers_and_the_same_split(fast_runs, tmp_path):
-    config = DigitsConfig(out=tmp_path, seed=1, fast=True)
-    assert main(config)["posteriors"] != fast_runs[1][0]["posteriors"]
+    config = dataclasses.replace(DigitsConfig(out=tmp_path, seed=1), **FAST)
+    start(config)
+    data, held_out = load_digits(config)
+    found = check_posteriors(config, train_map(config, data), held_out, train_judge(held_out))
+    assert all(numbers != fast_runs[1][0]["posteriors"][t] for t, numbers in found.items())
     for part, other in zip(load_digits(config), load_digits(DigitsConfig()), strict=True):
         assert torch.equal(part.images, other.images)
 

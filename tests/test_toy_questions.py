@@ -1,5 +1,6 @@
 """The toys that answer an audience's questions: smoothing, variance of the reward, and steepness of the flow map."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -25,16 +26,20 @@ RESULTS = Path(__file__).parents[1] / "toy" / "results"
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What the fast run of each returns, and its folder."""
+    """What the fast run of each returns, and its folder: made when it is asked for, as tests may be shared out."""
     folder = tmp_path_factory.mktemp("questions")
-    return {
-        name: (toy.main(config(out=folder / name, fast=True)), folder / name) for name, (toy, config) in TOYS.items()
-    }
+
+    @functools.cache
+    def report_of(name):
+        toy, config = TOYS[name]
+        return toy.main(config(out=folder / name, fast=True)), folder / name
+
+    return report_of
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_fast_run_writes_its_report_and_its_picture(reports, name):
-    report, folder = reports[name]
+    report, folder = reports(name)
     assert report == json.loads((folder / "report.json").read_text())
     assert (folder / f"{name}.png").stat().st_size > 10_000
     assert TOYS[name][0].table(report).count("\n") >= 4
@@ -48,12 +53,20 @@ def test_committed_result_is_of_the_default_settings(name):
     assert toy.table(report).startswith("|")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
+def test_pictures_of_the_committed_results_have_room_for_their_text(name, tmp_path):
+    """Warnings, such as that of a layout that does not fit, are errors."""
+    TOYS[name][0].draw(json.loads((RESULTS / f"{name}.json").read_text()), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 # ---- lipschitz -----------------------------------------------------------------------------------------
 
 
 def test_steepness_of_two_equal_components_has_its_closed_form(reports):
     """Between the modes of ½N(−d/2, 1) + ½N(d/2, 1): X′(0) = φ(0)/p₁(0) = exp(d²/8), and ∂b at t = ½ is d²/4."""
-    report, _ = reports["lipschitz"]
+    report, _ = reports("lipschitz")
     for d, found in report["line"].items():
         distance = int(d)
         assert found["flow_worst"] == pytest.approx(math.exp(distance**2 / 8), rel=2e-3)
@@ -66,7 +79,7 @@ def test_steepness_of_two_equal_components_has_its_closed_form(reports):
 
 def test_context_steepness_has_its_closed_form_mean(reports):
     """At fixed context E|∂X/∂(t x)| = ∂E[x₁]/∂(t x) = Var(x₁|x)/(1−t)²: at t = 0 the variance of the data, 1 + d²/4."""
-    for d, found in reports["lipschitz"][0]["contexts"].items():
+    for d, found in reports("lipschitz")[0]["contexts"].items():
         assert found["0.0"]["context_mean"] == pytest.approx(1 + int(d) ** 2 / 4, rel=1e-3)
 
 
@@ -144,7 +157,7 @@ def test_number_needed_is_read_off_a_power_law():
 
 
 def test_what_each_estimator_escapes_and_what_it_does_not(reports):
-    cases = reports["reward_variance"][0]["cases"]
+    cases = reports("reward_variance")[0]["cases"]
     for point in cases["1-D Gaussian, linear reward"]["points"]:  # the pull is the same at every draw
         assert max(point["independent"]["gradient"].values()) < 1e-4
         assert point["independent"]["stein"]["16"] > 0.05
@@ -213,7 +226,7 @@ def test_widths_are_chosen_in_favour_of_the_gaussian():
 
 
 def test_more_weighted_draws_come_nearer_and_the_exact_gradient_is_exact(reports):
-    for found in reports["smoothing"][0]["rewards"].values():
+    for found in reports("smoothing")[0]["rewards"].values():
         assert found["exact ∇V"]["error"] == 0
         assert found["none"]["error"] == 1
         assert found["MFM-G, N = 64"]["error"] < found["MFM-G, N = 1"]["error"]

@@ -9,13 +9,16 @@ from mfm_ref import MLP, FlowMap
 from mfm_ref.interpolant import glass_statistic
 from mfm_ref.times import balanced_times
 from tests.strategies import rng
+from toy import tilted_map
 from toy.comparison import TIMES
 from toy.mixture import paper_mixture
-from toy.tilted_map import LABELS, LIMIT, Base, ExactDraws, TiltedMapConfig, asked_times, main, resampled, table
+from toy.tilted_map import FAST, LABELS, LIMIT, Base, ExactDraws, TiltedMapConfig, asked_times, main, resampled, table
 
 
-def test_fast_run_writes_everything_and_repeats_itself(tmp_path):
-    first, second = (main(TiltedMapConfig(out=tmp_path / name, fast=True)) for name in ("first", "second"))
+def test_fast_run_writes_everything_and_repeats_itself(tmp_path, monkeypatch):
+    first = main(TiltedMapConfig(out=tmp_path / "first", fast=True))
+    monkeypatch.setattr(tilted_map, "draw", lambda *_: None)
+    second = main(TiltedMapConfig(out=tmp_path / "second", fast=True))
     assert {path.name for path in (tmp_path / "first").iterdir()} == {"map", "tilted_map.png", "report.json"}
     report = json.loads((tmp_path / "first" / "report.json").read_text())
     assert report == first
@@ -32,7 +35,8 @@ def test_fast_run_writes_everything_and_repeats_itself(tmp_path):
     assert first == second
 
 
-def test_a_map_on_disk_may_take_the_place_of_the_exact_draws(tmp_path):
+def test_a_map_on_disk_may_take_the_place_of_the_exact_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(tilted_map, "draw", lambda *_: None)
     p1, _ = paper_mixture()
     FlowMap(MLP(p1.mean, p1.cov)).save_pretrained(tmp_path / "base")
     base = Base(TiltedMapConfig(base=str(tmp_path / "base")), p1)
@@ -40,7 +44,8 @@ def test_a_map_on_disk_may_take_the_place_of_the_exact_draws(tmp_path):
     x = p1.sample(5, generator=rng(0))
     assert not torch.equal(base.drift(0.5, x), p1.drift(0.5, x))
     assert base.sample(5, rng(1)).shape == (5, 2)
-    report = main(TiltedMapConfig(out=tmp_path / "run", fast=True, base=str(tmp_path / "base")))
+    few = FAST | {"train_steps": 3, "student_steps": 3, "batch": 16}
+    report = main(TiltedMapConfig(out=tmp_path / "run", base=str(tmp_path / "base"), **few))
     assert set(report["routes"]) == set(LABELS)
 
 

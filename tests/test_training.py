@@ -229,9 +229,15 @@ def test_a_compiled_loss_has_the_same_numbers():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("name", CONSISTENCY)
+def compiled_cases() -> list:
+    """Each objective once and three of them in another way; the rest of the product is slow."""
+    often = {("eulerian", True, "bfloat16"), ("mean_flow", False, "float32"), ("semigroup", False, "bfloat16")}
+    often |= {(name, True, "float32") for name in CONSISTENCY}
+    cases = itertools.product(CONSISTENCY, [False, True], ["float32", "bfloat16"])
+    return [pytest.param(*case, marks=() if case in often else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("name", "normalise", "precision"), compiled_cases())
 def test_every_objective_can_be_compiled(name, normalise, precision):
     """One step has the loss of the same step uncompiled, whose noise comes from torch's source all the same."""
     found = []

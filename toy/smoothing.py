@@ -49,7 +49,7 @@ class SmoothingConfig(ToyConfig):
     draws: int = option(16, "N of the methods that are compared at one N")
 
 
-FAST: dict[str, Any] = {"steps": 10, "samples": 64, "exact_sets": 2, "states": 30, "draws": 4}
+FAST: dict[str, Any] = {"steps": 5, "samples": 64, "exact_sets": 2, "states": 30, "draws": 4}
 
 
 def reward_with(omega: float) -> AlongReward:

@@ -221,7 +221,7 @@ def measure(config: TiltedMapConfig, X: FlowMap, target: GaussianMixture) -> dic
 
 def error_of(config: TiltedMapConfig, drift: Drift, target: GaussianMixture) -> float:
     """‖drift − b*‖/‖b*‖ under the tilted path."""
-    return relative_error(MixtureConfig(seed=config.seed, device=config.device), drift, target)
+    return relative_error(MixtureConfig(seed=config.seed, device=config.device, fast=config.fast), drift, target)
 
 
 def main(config: TiltedMapConfig) -> dict[str, Any]:

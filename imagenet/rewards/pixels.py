@@ -106,14 +106,14 @@ class LinearProbe:
         weight = torch.linalg.solve(gram, rows.T @ (y - level) / len(rows))
         return cls(weight.view(x.shape[1], side, side), level - weight @ centre)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write it as safetensors."""
-        save_tensors({"weight": self.weight.contiguous(), "bias": self.bias}, path)
+        save_tensors({"weight": self.weight.contiguous(), "bias": self.bias}, Path(path))
 
     @classmethod
-    def load(cls, path: Path) -> "LinearProbe":
+    def load(cls, path: Path | str) -> "LinearProbe":
         """Read what `save` wrote. Raises ValueError for a file that is missing or holds anything else."""
-        found = read_weights(path)
+        found = read_weights(Path(path))
         if set(found) != {"weight", "bias"}:
             raise ValueError(f"{path} must hold weight and bias, as LinearProbe.save writes them, got {sorted(found)}")
         return cls(found["weight"], found["bias"])
