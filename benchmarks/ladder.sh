@@ -61,7 +61,7 @@ for n in 1 4; do
     stage "sample, $n draws" imagenet.sample $common --count "$(steps 1024)" --batch 512 --steps $n --out "$OUT/sample-$n"
 done
 stage posterior imagenet.posterior $common --latents "$latents" --teacher "$OUT/flow/weights" --contexts "$((TRY ? 4 : 32))" \
-    --draws 32 --times 0.1,0.3,0.5,0.7 --methods mfm,glass,sde,again --map-steps 1,2,4 --glass-steps 1,2,4,8,16 \
+    --draws 24 --times 0.1,0.3,0.5,0.7 --methods mfm,glass,sde,again --map-steps 1,2,4 --glass-steps 1,4,16 \
     --sde-steps "$(steps 64)" --batch 512 --out "$OUT/posteriors"
 stage recovery imagenet.evaluate recovery --posteriors "$OUT/posteriors" $features --device "$DEVICE"
 stage values imagenet.evaluate values --posteriors "$OUT/posteriors" --reward brightness --scale 20 --device "$DEVICE"

@@ -10,6 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 settings.register_profile("mfm_ref", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("mfm_ref")
 torch.set_num_threads(1)
+PLACE = ConstrainedLayoutEngine.execute
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,4 +24,12 @@ def quick_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.config.option.markexpr == "not slow":
             patch.setattr(ConstrainedLayoutEngine, "execute", lambda engine, figure: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def placed_text() -> Iterator[None]:
+    """Place the text of a file's pictures all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", PLACE)
         yield

@@ -195,7 +195,7 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(tiny, tmp_path_factory, placed_text):
     """The folder of a run with a guided teacher."""
     folder = tmp_path_factory.mktemp("whole")
     script.main(arguments(tiny, folder, "--teacher", str(tiny / "dmf"), "--teacher-guidance", "1.5"))

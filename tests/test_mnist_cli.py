@@ -299,6 +299,7 @@ def test_idx_files_go_through_training_and_steering(tmp_path, monkeypatch):
             (tmp_path / f"{part}-{kind}-ubyte").write_bytes(content)
     monkeypatch.setitem(data.CHECKSUMS, "mnist", checksums)
     options = ["--fast", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--train-steps", "2"]
+    options += ["--train-classifier-steps", "20"]
     options += ["--steer-samples", "8", "--steer-few", "8", "--steer-batch", "8", "--steer-smc-seeds", "1"]
     main(["train", *options])
     main(["steer", *options])

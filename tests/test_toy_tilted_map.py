@@ -12,7 +12,7 @@ from tests.strategies import rng
 from toy import tilted_map
 from toy.comparison import TIMES
 from toy.mixture import paper_mixture
-from toy.tilted_map import FAST, LABELS, LIMIT, Base, ExactDraws, TiltedMapConfig, asked_times, main, resampled, table
+from toy.tilted_map import LABELS, LIMIT, Base, ExactDraws, TiltedMapConfig, asked_times, main, resampled, table
 
 
 def test_fast_run_writes_everything_and_repeats_itself(tmp_path, monkeypatch):
@@ -44,8 +44,8 @@ def test_a_map_on_disk_may_take_the_place_of_the_exact_draws(tmp_path, monkeypat
     x = p1.sample(5, generator=rng(0))
     assert not torch.equal(base.drift(0.5, x), p1.drift(0.5, x))
     assert base.sample(5, rng(1)).shape == (5, 2)
-    few = FAST | {"train_steps": 3, "student_steps": 3, "batch": 16}
-    report = main(TiltedMapConfig(out=tmp_path / "run", base=str(tmp_path / "base"), **few))
+    monkeypatch.setattr(tilted_map, "FAST", tilted_map.FAST | {"train_steps": 3, "student_steps": 3, "batch": 16})
+    report = main(TiltedMapConfig(out=tmp_path / "run", fast=True, base=str(tmp_path / "base")))
     assert set(report["routes"]) == set(LABELS)
 
 
