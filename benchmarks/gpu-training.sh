@@ -13,7 +13,9 @@ export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 mkdir -p "$OUT"
 failed=0
 
-OUT=${LADDER:-$OUT/ladder} DEVICE=cuda setsid bash benchmarks/ladder.sh >"$OUT/ladder.txt" 2>&1 &
+export DEVICE=cuda LADDER=${LADDER:-$OUT/ladder}
+setsid bash -c 'OUT=$LADDER bash benchmarks/ladder.sh && LATENTS=$LADDER/latents OUT=$LADDER/killed bash benchmarks/killed.sh' \
+    >"$OUT/ladder.txt" 2>&1 &
 ladder=$!
 "$PYTHON" -m benchmarks.imagenet_training --device cuda --commit "$COMMIT" --out "$OUT" 2>&1 | while read -r line; do
     echo "$line"

@@ -60,11 +60,11 @@ def write_images(images: Images, folder: Path) -> None:
 
 
 def new_autoencoder() -> Any:
-    """Four pixels a side to one latent of four channels; half a million weights."""
+    """Four pixels a side to one latent of four channels; 100,000 weights."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(24, 48, 48),
+        block_out_channels=(8, 16, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,

@@ -33,7 +33,7 @@ from torch import Tensor
 from imagenet.commands import refusing
 from imagenet.sit import KINDS, SIZES, SiT
 from mfm_ref import FlowMap
-from mfm_ref.files import atomic_path, read_weights, save_tensors
+from mfm_ref.files import atomic_path, load_json, read_weights, save_tensors
 
 # Files by the name of the repository that holds them on huggingface.co, and what they are.
 HUB = {"kyungmnlee/DMF": ("dmf_xl_2_256.pt", "dmf"), "adh1s/mfm": ("mfm-xl2.pt", "mfm")}
@@ -97,7 +97,8 @@ def load(
     """A network with the weights of a file of SiT, DMF or MFM, or of a folder of this project; on the CPU, in float32.
 
     A folder is what `FlowMap.save_pretrained` wrote, or the part `ema` or `model` of a checkpoint. It says all of
-    itself, and the options below are those of files; their defaults are the published networks'.
+    itself, and the options below are those of files; their defaults are the published networks'. Of a folder that
+    `imagenet.finetune` wrote the network has drift_only = True: only its drift means something.
 
     Args:
         source: a file (.safetensors, or anything that torch.load reads without running code), a folder, or a file on
@@ -139,6 +140,7 @@ def _own(folder: Path) -> SiT:
         raise ValueError(f"{folder} must be a folder of this project, such as convert makes of a file")
     network = FlowMap.from_pretrained(folder, network=_unfilled).network
     assert isinstance(network, SiT)
+    network.drift_only = load_json(folder / "config.json").get("drift_only") is True
     return network
 
 

@@ -24,7 +24,6 @@ from typing import Any
 
 from imagenet.commands import refusing
 from imagenet.evaluate_report import NAMES as VALUE_NAMES
-from imagenet.rewards import slug
 from imagenet.steer_report import (
     NAMES,
     STYLES,
@@ -34,10 +33,11 @@ from imagenet.steer_report import (
     markdown,
     names_of,
     plot,
+    short_names,
     table,
     with_error,
 )
-from mfm_ref.figures import new_figure
+from mfm_ref.figures import COLOURS, new_figure
 from mfm_ref.files import atomic_path, load_json, save_json
 from mfm_ref.options import option, parse
 
@@ -65,7 +65,7 @@ def runs_of(text: str, name: str) -> dict[str, Path]:
     """Paths by names, of an option. Raises ValueError for a name that is there twice, and for a path that is not."""
     found: dict[str, Path] = {}
     for part in text.split(",") if text else []:
-        label, equals, path = part.partition("=")
+        label, equals, path = ("", "", part) if Path(part).exists() else part.partition("=")  # = may be of a folder
         place = Path(path if equals else part)
         if not place.exists():
             raise ValueError(f"--{name} must be files or folders that are there, got {place}")
@@ -79,32 +79,42 @@ def runs_of(text: str, name: str) -> dict[str, Path]:
 def read_values(path: Path) -> list[Row]:
     """The entries of values-REWARD.json. Raises ValueError for any other file."""
     keys = ("t", "method", "evaluations", "draws", "value_evaluations", "r", "r_error")
+    path = file_at(path, "--values must be values-REWARD.json of imagenet.evaluate values")
     return checked(load_json(path).get("results"), keys, path, VALUE_NAMES)
 
 
 def read_steer(path: Path) -> list[Row]:
     """The rows of steer.json. Raises ValueError for any other file."""
-    path = path / "steer.json" if path.is_dir() else path
+    path = file_at(path / "steer.json" if path.is_dir() else path, "--steer must be steer.json of imagenet.steer")
     keys = ("method", "n", "rewards", "diversity", "evaluations", "formula", "passes", "seconds", "peak_memory")
     return checked(load_json(path).get("rows"), keys, path, NAMES)
 
 
 def read_finetune(path: Path) -> list[Row]:
     """The lines of rewards.jsonl, their rewards by names. Raises ValueError for any other folder."""
-    reward = load_json(path / "settings.json").get("settings", {}).get("reward")
-    lines = path / "rewards.jsonl"
+    settings, lines = (
+        file_at(path / name, "--finetune must be a folder of imagenet.finetune")
+        for name in ("settings.json", "rewards.jsonl")
+    )
+    reward = str(load_json(settings).get("reward", "reward"))
     try:
         rows = [json.loads(line) for line in lines.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{lines} must be lines of JSON: {error}") from error
-    rows = checked(rows, ("step", "reward", "held_out", "diversity"), lines)
-    named = [
-        {slug(reward or "reward"): row["reward"]} | {slug(k): v for k, v in row["held_out"].items()} for row in rows
-    ]
-    return [
-        {"step": row["step"], "rewards": rewards, "diversity": row["diversity"]}
-        for row, rewards in zip(rows, named, strict=True)
-    ]
+    rows = checked(rows, ("step", "reward", "held_out", "diversity", "diversity_of_base"), lines)
+    result = []
+    for row in rows:
+        rewards = {reward: row["reward"]} | {spec: r for spec, r in row["held_out"].items() if spec != reward}
+        named = dict(zip(short_names(list(rewards)), rewards.values(), strict=True))
+        result.append({name: row[name] for name in ("step", "diversity", "diversity_of_base")} | {"rewards": named})
+    return result
+
+
+def file_at(path: Path, wanted: str) -> Path:
+    """The path. Raises ValueError, with what it must be, where there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{wanted}, and {path} is no file")
+    return path
 
 
 def checked(rows: Any, keys: Sequence[str], path: Path, methods: Container[str] | None = None) -> list[Row]:
@@ -166,7 +176,7 @@ def draw_values(rows: Sequence[Row], path: Path) -> None:
                 f"{VALUE_NAMES[method]}, {draws} draws, {run}", VALUE_COLOURS[method], styles[run],
             )  # fmt: skip
         ax.set(xlabel="evaluations of a value", title=f"t = {t:g}")
-        log_axis(ax)
+        log_axis(ax, [row["value_evaluations"] for found in curves.values() for row in found])
     axes[0, 0].set_ylabel("Pearson r of V̂")
     finish(figure, axes, "Values, set against those by long SDE rollouts", path)
 
@@ -181,8 +191,11 @@ def draw_finetuning(rows: Sequence[Row], path: Path) -> None:
             found = [row for row in own if name in row["rewards"]]
             plot(ax, [row["step"] for row in found], [row["rewards"][name] for row in found], run, colour, "-")
         plot(axes[0, -1], [row["step"] for row in own], [[row["diversity"], None] for row in own], run, colour, "-")
+        base = own[0]["diversity_of_base"]
+        axes[0, -1].axhline(base, color=COLOURS[colour], linestyle="--", linewidth=1, label=f"{run}, base")
     for ax, name in zip(axes[0], [*rewards, "diversity"], strict=True):
         ax.set(xlabel="updates", ylabel=name)
+        ax.ticklabel_format(axis="y", useOffset=False)
     finish(figure, axes, "Fine-tuning", path)
 
 

@@ -173,6 +173,11 @@ class Listing(NamedTuple):
 def list_images(images: Path) -> Listing:
     """What a folder or a list file holds. Raises ValueError if that is nothing."""
     listing = _tree(images) if images.is_dir() else _list_file(images)
+    if not listing.files and listing.loose:
+        raise ValueError(
+            f"{images} must hold a folder of images for each class, got {listing.loose} images outside of one: move "
+            f"them into a folder below it, such as {images / 'any-name'}"
+        )
     if not listing.files:
         wanted = "a folder of images for each class" if images.is_dir() else "lines PATH LABEL"
         raise ValueError(f"{images} must hold {wanted}, got no image")

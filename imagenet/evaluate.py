@@ -45,7 +45,7 @@ from imagenet.features import (
     save_statistics,
     statistics_of,
 )
-from imagenet.prompts import prompts_for
+from imagenet.prompts import FIELD, names_for, prompts_for
 from imagenet.rewards import LatentReward, RewardSum, load_reward, slug
 from mfm_ref.checks import check_count, check_uncoupled, evaluate_reward
 from mfm_ref.estimators import log_mean_exp
@@ -97,7 +97,11 @@ class ValueOptions:
         "a sum [WEIGHT*]NAME[=PATH],…: brightness, contrast, redness, compressed-size, probe=FILE, pickscore=FOLDER, "
         "hpsv2=FILE, imagereward=FILE or module:function, of images in [0, 1], (B, 3, H, W) -> (B,)",
     )
-    prompt: str = option("", "of rewards that take one, with ImageNet's name of the label in place of {class}")
+    prompt: str = option("", "of rewards that take one, with the name of the label's class in place of {class}")
+    names: str = option(
+        "",
+        "text file of the classes' names, one a line, for {class}; ImageNet's where the network has its 1000 classes",
+    )
     scale: float = option(1.0, "the reward is multiplied by this")
     draws: str = option("", "numbers of draws in a value, such as 1,16,200; all that there are where it is empty")
     batch: int = option(BATCH, "images in one call of the reward")
@@ -224,8 +228,8 @@ def values(config: ValueOptions) -> str:
     of the most evaluations, with all of its draws; all other posteriors are set against it.
 
     Raises:
-        ValueError: options that are missing or of no use, files that cannot be read, a reward that does not fit,
-            fewer than 3 noised images, a time without an SDE rollout or with nothing else.
+        ValueError: options that are missing or of no use, files that cannot be read, a reward that does not fit or
+            lacks its prompt, fewer than 3 noised images, a time without an SDE rollout or with nothing else.
     """
     folder, record = read_posteriors(config.posteriors)
     if record["contexts"] < 3:
@@ -233,9 +237,8 @@ def values(config: ValueOptions) -> str:
     if not math.isfinite(config.scale):
         raise ValueError(f"--scale must be finite, got {config.scale}")
     counts, truth = _counts(config.draws, record["draws"]), _references(record)
-    reward, prompts = load_reward(config.reward, config.device), None
-    if config.prompt:  # draw d in context c is row c · draws + d
-        prompts = [p for p in prompts_for(config.prompt, record["labels"]) for _ in range(record["draws"])]
+    reward = load_reward(config.reward, config.device)
+    prompts = _prompts(config, folder, record) if reward.reads_prompts else None
     rewards = {}
     for posterior in tqdm(record["posteriors"], desc="rewards", leave=False):
         path = draws_of(folder, record, posterior)
@@ -261,9 +264,24 @@ def values(config: ValueOptions) -> str:
         "measure": "Pearson r of V̂",
         "caption": caption,
         "remarks": list(dict.fromkeys(notes)),
+        "identity": reward.identity,
         "results": entries,
     }
     return _write(config, folder, record, f"values-{slug(config.reward)}", result)
+
+
+def _prompts(config: ValueOptions, folder: Path, record: Entry) -> list[str]:
+    """That of each draw: draw d in context c is row c · draws + d. Raises ValueError for none, or {class} unnamed."""
+    if not config.prompt:
+        raise ValueError(f"--prompt must be given, since the reward {config.reward} reads prompts")
+    names = None
+    if FIELD in config.prompt:
+        try:
+            n_classes = int(record["settings"]["network"]["n_classes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'posterior.json'} must have the network's n_classes for {FIELD}") from error
+        names = names_for(n_classes, config.names)
+    return [p for p in prompts_for(config.prompt, record["labels"], names) for _ in range(record["draws"])]
 
 
 @torch.no_grad()

@@ -25,7 +25,8 @@ of the reward. --preset has the paper's settings, over which typed options win. 
     grid-00000500.png  the first of them, with --vae
     metrics.jsonl      of training: the loss, and means of the reward and of e^{λ r − c} over posterior samples
     settings.json      all settings, and c
-    weights/           the averaged student: imagenet.sample --method euler reads it, with the same --guidance
+    weights/           the averaged student, marked as a drift alone: imagenet.sample --method euler reads it, with the
+                       same --guidance
 
 A run that was killed goes on, to the same numbers, on any number of processes. Jumps and contexts of the result mean
 nothing, nor does its null class, and other scales of guidance than the one that it was trained with. The flow map of p*
@@ -51,12 +52,14 @@ from imagenet.commands import check_device, in_precision, refusing
 from imagenet.finetune_measures import Measures
 from imagenet.finetune_presets import LATEST, PER_CLASS, PRESETS, WEIGHTS, FinetuneOptions, check_options
 from imagenet.latents import GivenLatents, Latents, open_latents
-from imagenet.prompts import FIELD
-from imagenet.rewards import load_reward
+from imagenet.prompts import FIELD, names_for
+from imagenet.rewards import RewardSum, load_reward
 from imagenet.run import (
     check_channels,
+    clear,
     describe,
     guided,
+    is_drift,
     labels_for,
     open_network,
     open_vae,
@@ -72,13 +75,13 @@ from mfm_ref.files import load_json, save_json
 from mfm_ref.flow_map import ClassifierFree, unconditional_drift
 from mfm_ref.options import parse
 from mfm_ref.paper_recipe import PaperRows, RowLaw
+from mfm_ref.pretrained import CONFIG
 from mfm_ref.training import Watched
 
-IMAGENET = 1000  # classes
 # Options that change no number but for rounding, or that say where things are.
 OF_RUN = (
     "latents", "preset", "micro", "engine", "log_every", "checkpoint_every", "checkpoint_minutes", "evaluate_batch",
-    "compile",
+    "compile", "decode",
 )  # fmt: skip
 
 
@@ -199,7 +202,10 @@ def finish(work: Work, average: FlowMap) -> None:
     """Measure the result, and write it."""
     if work.config.steps not in work.measures.lines():
         work.measures.take(average, work.config.steps)
-    average.save_pretrained(work.config.out / "weights")
+    weights = work.config.out / "weights"
+    clear(weights, CONFIG)
+    average.save_pretrained(weights)
+    save_json(load_json(weights / CONFIG) | {"drift_only": True}, weights / CONFIG)
 
 
 def open_work(config: FinetuneOptions, network: FlowMap, classes: list[str] | None, vae: VAE | None) -> Work:
@@ -208,37 +214,65 @@ def open_work(config: FinetuneOptions, network: FlowMap, classes: list[str] | No
     Args:
         config: of the run.
         network: of --weights.
-        classes: names of the classes of the latents, None where they are not known.
+        classes: names of the classes of the latents, None where they are not known; --names and ImageNet's win.
         vae: that decodes, or None.
 
     Raises:
-        ValueError: a base or a reward that the method cannot use, or prompts that need names and have none.
+        ValueError: a base or a reward that the method cannot use, or that fails; prompts that need names and have none.
     """
     if not reads_context(network):
-        raise ValueError("--weights must be an MFM: the posterior samples of E18 are drawn in a context")
+        own = ", and these are of a drift that was fine-tuned before" if is_drift(network) else ""
+        raise ValueError(f"--weights must be an MFM: the posterior samples of E18 are drawn in a context{own}")
     X = guided(network, config)
     if isinstance(X, ClassifierFree):
         raise ValueError("--guidance must be 1, or an input of the network: classifier-free guidance makes no jumps")
     check_channels(config, X)
     if config.method == "gradient" and config.earliest == 0 and not X.reads_tx:
         raise ValueError("--earliest must be above 0, such as 0.01, for a map that reads x, with --method gradient")
-    reward = load_reward(config.reward, config.device)
-    if config.method == "gradient" and not reward.differentiable:
-        raise ValueError(f"--reward must be differentiable, and {config.reward} is not: use --method stein")
-    held_out = {spec: load_reward(spec, config.device) for spec in config.held_out.split(";") if spec}
-    rewards = (reward, *held_out.values())
-    if network.null_class == IMAGENET:
-        classes = None  # its folders have numbers for names
-    elif classes is None and FIELD in config.template and any(r.reads_prompts for r in rewards):
-        raise ValueError(
-            f"--template must be without {FIELD} where --latents is a file, which does not name its classes"
-        )
+    reward, held_out = open_rewards(config)
+    names = names_for(network.null_class, config.names) or classes  # ImageNet's folders have numbers for names
     labels = labels_for("balanced", config.evaluate // PER_CLASS, network.null_class, config.seed)
     measures = Measures(
         config, labels.repeat_interleave(PER_CLASS), config.evaluate_steps, config.evaluate_batch, reward, held_out,
-        vae, config.template, classes,
+        vae, config.prompt, names, config.decode,
     )  # fmt: skip
+    measures.try_rewards(network.shape, by_gradient=config.method == "gradient")
     return Work(config, X, measures)
+
+
+def open_rewards(config: FinetuneOptions) -> tuple[RewardSum, dict[str, RewardSum]]:
+    """The reward that is trained for, and by their specs those of --held-out.
+
+    Raises:
+        ValueError: one that is there twice, or that the method cannot use; from `load_reward`.
+    """
+    specs = [spec for spec in config.held_out.split(";") if spec]
+    reward, *others = (load_reward(spec, config.device) for spec in (config.reward, *specs))
+    identities = [json.dumps(r.identity) for r in (reward, *others)]
+    if len(set(identities)) < len(identities):
+        raise ValueError(f"--held-out must be rewards other than --reward, each once, got {config.held_out!r}")
+    if config.method == "gradient" and not reward.differentiable:
+        raise ValueError(f"--reward must be differentiable, and {config.reward} is not: use --method stein")
+    return reward, dict(zip(specs, others, strict=True))
+
+
+def settings_of(work: Work, described: dict[str, Any], latents: Latents | GivenLatents) -> dict[str, Any]:
+    """All that the numbers depend on: of files, such as rewards and names of classes, what is in them.
+
+    Args:
+        work: of the run.
+        described: the settings of `describe`.
+        latents: of the states.
+    """
+    settings = {name: value for name, value in described.items() if name not in OF_RUN}
+    measures = work.measures
+    reads_names = FIELD in measures.prompt and any(reward.reads_prompts for reward in measures.rewards)
+    return settings | {
+        "latents": latents.sha256,
+        "reward": measures.reward.identity,
+        "held_out": [reward.identity for reward in measures.held_out.values()],
+        "names": hashlib.sha256(json.dumps(measures.names).encode()).hexdigest() if reads_names else None,
+    }
 
 
 def open_states(config: FinetuneOptions, network: FlowMap, vae: VAE | None) -> Latents | GivenLatents:
@@ -261,8 +295,9 @@ def run(config: FinetuneOptions, process: Process) -> None:
     work = open_work(config, network, getattr(latents, "classes", None), vae)
     micro = config.micro or max(1, config.batch // process.world)
     how = settings_of_training(config, parts_of_a_step(config.batch, micro, process.world))
-    settings, facts = describe(config, network, work.X, vae)
-    settings = {name: value for name, value in settings.items() if name not in OF_RUN} | {"latents": latents.sha256}
+    described, facts = describe(config, network, work.X, vae)
+    settings = settings_of(work, described, latents)
+    facts |= {"reward": config.reward, "held_out": config.held_out}
     log_scale = gather(on_rank_0(lambda: begin(work, network, settings, facts)))[0]
     data = GlobalBatches(
         latents, config.batch, micro=micro, law=RowLaw("flow", "uniform", network.null_class, drop=0.0),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor
 
 from imagenet.commands import in_precision
+from imagenet.measures import diversity, mean_and_error
 from imagenet.prompts import prompts_for
 from imagenet.rewards import LatentReward, RewardSum
 from imagenet.run import GRID, ModelOptions, decoded, generators, grid, guided, save_image
 from imagenet.sample import SampleOptions, draw
 from imagenet.vae import VAE
 from mfm_ref import FlowMap
+from mfm_ref.checks import evaluate_reward
 from mfm_ref.files import atomic_path
 
 
@@ -30,13 +31,36 @@ class Measures:
     reward: RewardSum  # that is trained for
     held_out: dict[str, RewardSum]  # that are not
     vae: VAE | None
-    template: str  # of prompts
-    names: list[str] | None  # of the classes; None: ImageNet's
+    prompt: str  # with {class} for the name of a class
+    names: list[str] | None  # of the classes; None where they are not known
+    decode: int  # samples that are decoded together
+
+    @property
+    def rewards(self) -> tuple[RewardSum, ...]:
+        """All of them, first the one that is trained for."""
+        return self.reward, *self.held_out.values()
 
     def on_latents(self, reward: RewardSum, y: Tensor, scale: float = 1.0) -> LatentReward:
         """`scale` times a reward, of latents of which row i has label y_i."""
-        prompts = prompts_for(self.template, y.tolist(), self.names) if reward.reads_prompts else None
-        return LatentReward(self.vae, reward, prompts, scale)
+        prompts = prompts_for(self.prompt, y.tolist(), self.names) if reward.reads_prompts else None
+        return LatentReward(self.vae, reward, prompts, scale, decode=self.decode)
+
+    def try_rewards(self, shape: tuple[int, ...], *, by_gradient: bool) -> None:
+        """Score one latent `(1, *D)` of noise by every reward, so that none fails after the work of an evaluation.
+
+        Args:
+            shape: *D.
+            by_gradient: whether the reward that is trained for needs a gradient.
+
+        Raises:
+            ValueError: a reward that fails, or has no gradient; prompts with names, where a class has none.
+        """
+        x = torch.randn(1, *shape, generator=generators(self.model.seed, [0])[0]).to(self.model.device)
+        for reward in self.rewards:
+            with torch.set_grad_enabled(by_gradient and reward is self.reward):
+                r = evaluate_reward(self.on_latents(reward, self.labels).of_row(0), x.requires_grad_())
+            if by_gradient and reward is self.reward and not r.requires_grad:
+                raise ValueError("--reward must have a gradient, and what it returns has none: use --method stein")
 
     @torch.no_grad()
     def samples(self, network: FlowMap) -> Tensor:
@@ -84,13 +108,3 @@ class Measures:
         """What has been measured, by steps."""
         found = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
         return {line["step"]: line for line in found}
-
-
-def diversity(x: Tensor, y: Tensor) -> float:
-    """The mean Euclidean distance of two samples of one class, mean over the classes; x `(n, *D)`, y `(n,)`."""
-    return float(torch.stack([torch.pdist(x[y == label].flatten(1)).mean() for label in y.unique()]).mean())
-
-
-def mean_and_error(r: Tensor) -> list[float]:
-    """The mean, and its standard error."""
-    return [float(r.mean()), float(r.std() / math.sqrt(len(r)))]

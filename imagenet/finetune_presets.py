@@ -47,7 +47,13 @@ class FinetuneOptions(ModelOptions):
     reward: str = option("brightness", "as for imagenet.evaluate values: terms [WEIGHT*]NAME[=PATH], by commas")
     scale: float = option(1.0, "λ > 0, by which the reward is multiplied")
     held_out: str = option("", "rewards that are measured and not trained for, separated by semicolons")
-    template: str = option(TEMPLATE, "prompt of a row, with {class} for the name of its class")
+    prompt: str = option(TEMPLATE, "of rewards that take one, with {class} for the name of the class of a row")
+    names: str = option(
+        "", "text file of the classes' names, one a line; empty: ImageNet's of 1000 classes, else those of the latents"
+    )
+    decode: int = option(
+        4, "images decoded together with gradients: at 256 pixels a side Stable Diffusion's decoder takes 1.5 GB each"
+    )
     method: str = option("gradient", "of the guidance; stein needs no gradient", choices=("gradient", "stein"))
     weight: str = option("exact", "see above; stein has exact alone", choices=tuple(WEIGHTS))
     earliest: float = option(0.0, f"times are uniform from here to {LATEST}")
@@ -70,7 +76,7 @@ class FinetuneOptions(ModelOptions):
 
 def check_options(config: FinetuneOptions) -> None:
     """Raise ValueError for numbers out of range, and for choices that exclude each other."""
-    for name in ("batch", "evaluate_steps", "evaluate_batch", "evaluate_every"):
+    for name in ("batch", "decode", "evaluate_steps", "evaluate_batch", "evaluate_every"):
         check_count(getattr(config, name), f"--{name.replace('_', '-')}")
     check_count(config.seed, "--seed", 0)
     if not config.reward:

@@ -48,6 +48,7 @@ from imagenet.run import (
     generator_of,
     guided,
     has_rows,
+    is_drift,
     name_of,
     open_network,
     open_vae,
@@ -96,7 +97,7 @@ class PosteriorOptions(ModelOptions):
         "to be converted to a folder first (imagenet.checkpoints)",
         choices=("", *KINDS),
     )
-    teacher_guidance: float = option(1.0, "guidance of --teacher, as --guidance")
+    teacher_guidance: float = option(0.0, "guidance of --teacher, as --guidance")
     pictured: int = option(4, "contexts in each picture, spread evenly over them, with a VAE")
 
 
@@ -302,7 +303,8 @@ def open_run(config: PosteriorOptions, process: Process) -> Run:
     """Networks, VAE and clean images. Raises ValueError for those that are missing or do not go together."""
     network = open_network(config)
     if not reads_context(network) and "mfm" in config.methods.split(","):
-        raise ValueError("the method mfm needs a network with a context: give --methods without it")
+        lack = ", and fine-tuned weights have none (imagenet.sample --method euler)" if is_drift(network) else ""
+        raise ValueError(f"the method mfm needs a network with a context{lack}: give --methods without it")
     X, vae = guided(network, config), open_vae(config, network)
     settings, facts = describe(config, network, X, vae)
     teacher, rollouts, of_teacher = network, X, None

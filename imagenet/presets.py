@@ -13,8 +13,8 @@ Each stage begins with the weights of the one before, or with public ones:
 MFM is arXiv 2601.14430, DMF arXiv 2510.24474; ω = 1 − 1/w, so that 0.6 is guidance w = 2.5. What they have and this
 lacks: the base of XL/2 was trained with REPA, a second loss that draws features of block 8 to DINOv2's (coefficient
 0.5), which its 800 epochs need to be as good as they are; and DMF learns a spread (logvar) for each pair of times,
-with which it weighs log(‖Δ‖²/D e^−logvar + 0.01) + logvar, the mean of both terms. Here DMF's stage has the weights of
-MFM's: 1/(‖Δ‖² + 0.01)^p, p = 0.5 and 1, of sums of squares. Betas, weight decay and clipping that no source gives are
+with which it weighs log(‖Δ‖²/D e^−logvar + 0.01) + logvar, the mean of both terms; here logvar is 0
+(`imagenet.stages.weights_of`). Betas, weight decay and clipping that no source gives are
 those of the stage's nearest relative.
 """
 

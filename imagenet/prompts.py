@@ -19,23 +19,56 @@ def class_names() -> list[str]:
     return list(_names())
 
 
+def names_for(n_classes: int, names_file: str = "") -> list[str] | None:
+    """The names of the classes of a network or of latents: those of a file, else ImageNet's where there are 1,000.
+
+    Args:
+        n_classes: how many classes there are.
+        names_file: text file of one name a line, in the order of labels; "" for none.
+
+    Returns:
+        A name for each label; None where the classes are not ImageNet's and there is no file.
+
+    Raises:
+        ValueError: a file that cannot be read, has a line without a name, or another number of names.
+    """
+    if not names_file:
+        return class_names() if n_classes == len(_names()) else None
+    try:
+        names = [line.strip() for line in Path(names_file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--names must be a text file that can be read, got {names_file}: {error}") from error
+    if len(names) != n_classes or not all(names):
+        raise ValueError(
+            f"--names must have one name a line for each of {n_classes} classes, got {sum(map(bool, names))} names in "
+            f"{len(names)} lines of {names_file}"
+        )
+    return names
+
+
 def prompts_for(template: str, labels: Tensor | Sequence[int], names: Sequence[str] | None = None) -> list[str]:
     """A prompt for each label: the template with the name of the class in place of {class}.
 
     Args:
         template: such as `TEMPLATE`; one without {class} is the prompt of all labels.
         labels: classes, `(B,)`.
-        names: of the classes; ImageNet's where it is None.
+        names: of the classes, as `names_for` gives them; None where they are not known.
 
     Raises:
-        ValueError: a label without a name, such as that of no class.
+        ValueError: {class} without names, or with a label that has none, such as that of no class.
     """
-    known = _names() if names is None else names
     found = [int(label) for label in labels]
-    strange = [label for label in found if not 0 <= label < len(known)]
+    if FIELD not in template:
+        return [template] * len(found)
+    if names is None:
+        raise ValueError(
+            f"a prompt with {FIELD} needs the names of the classes, which are not ImageNet's: give --names FILE, a "
+            f"text file of one name a line, or a prompt without {FIELD}; got {template!r}"
+        )
+    strange = [label for label in found if not 0 <= label < len(names)]
     if strange:
-        raise ValueError(f"labels must be from 0 to {len(known) - 1} to have a name, got {strange[0]}")
-    return [template.replace(FIELD, known[label]) for label in found]
+        raise ValueError(f"labels must be from 0 to {len(names) - 1} to have a name, got {strange[0]}")
+    return [template.replace(FIELD, names[label]) for label in found]
 
 
 def rows_of(prompts: str | Sequence[str] | None, n: int) -> list[str] | None:

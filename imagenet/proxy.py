@@ -92,8 +92,8 @@ class Proxy:
 
 
 def features(latents: Tensor) -> Tensor:
-    """Mean and standard deviation within cells of latents `(n, C, h, w)`: `(n, 2 · C · 16)`, in double precision."""
-    z = latents.double()
+    """Mean and standard deviation within cells of latents `(n, C, h, w)`: `(n, 2 · C · 16)`, double precision, CPU."""
+    z = latents.cpu().double()
     mean = adaptive_avg_pool2d(z, CELLS)
     spread = (adaptive_avg_pool2d(z.square(), CELLS) - mean.square()).clamp_min(0).sqrt()
     return torch.cat([mean, spread], 1).flatten(1)

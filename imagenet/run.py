@@ -61,7 +61,9 @@ class ModelOptions:
     num_heads: int = option(16, "of published weights, which do not tell")
     encoder_depth: int = option(20, "of published weights, which do not tell: blocks that see the start of a jump")
     guidance: float = option(
-        1.0, "scale w >= 1: an input of weights that have one, classifier-free guidance of others; 1 adds none"
+        0.0,
+        "scale w >= 1: an input of weights that have one, classifier-free guidance of others, to which 1 adds none; 0: "
+        "the largest that the weights know, and 1 of weights that know none",
     )
     guided_channels: int = option(
         0, "the first channels, which alone classifier-free guidance moves; 0: 3 for SiT, as its own sampler, else all"
@@ -113,14 +115,41 @@ def rounded(network: nn.Module, config: ModelOptions) -> None:
     network.velocity = evaluated  # type: ignore[assignment]
 
 
+def is_drift(X: FlowMap) -> bool:
+    """Whether the weights are a drift that `imagenet.finetune` made: jumps and contexts of theirs mean nothing."""
+    return bool(getattr(X.network, "drift_only", False))
+
+
 def reads_context(X: FlowMap) -> bool:
-    """Whether the network has a context branch, as MFM; otherwise its t and x do nothing."""
-    return bool(X.network.config["context"])  # type: ignore[index]
+    """Whether the network has a context branch that means something, as MFM; otherwise its t and x do nothing."""
+    return bool(X.network.config["context"]) and not is_drift(X)  # type: ignore[index]
+
+
+def has_two_times(X: FlowMap) -> bool:
+    """Whether the network has two times, as DMF and MFM; otherwise it is SiT's."""
+    return X.network.config["encoder_depth"] is not None  # type: ignore[index]
 
 
 def makes_jumps(X: FlowMap) -> bool:
-    """Whether the network has two times, as DMF and MFM; otherwise it is SiT's, a drift alone."""
-    return X.network.config["encoder_depth"] is not None  # type: ignore[index]
+    """Whether the network has two times that mean something; otherwise it is a drift alone."""
+    return has_two_times(X) and not is_drift(X)
+
+
+def scale_of(X: FlowMap, config: ModelOptions) -> float:
+    """The scale w of --guidance, or what 0 stands for.
+
+    Raises:
+        ValueError: w below one, or none of the scales that the weights know.
+    """
+    w = config.guidance
+    known: list[float] = X.network.config["guidance"] if X.reads_guidance else []  # type: ignore[index, assignment]
+    if w == 0:
+        return max(known, default=1.0)
+    if not 1 <= w < math.inf:
+        raise ValueError(f"--guidance must be a number >= 1, or 0 for the weights' own, got {w}")
+    if known and w not in known:
+        raise ValueError(f"--guidance must be one of the scales that these weights know, {known}, got {w}")
+    return w
 
 
 def guided(X: FlowMap, config: ModelOptions) -> MetaFlowMap:
@@ -129,22 +158,17 @@ def guided(X: FlowMap, config: ModelOptions) -> MetaFlowMap:
     A DMF has its guidance in its weights: w = 1 is what it was trained for.
 
     Raises:
-        ValueError: w below one, or none of the scales that the weights know; channels that the states lack.
+        ValueError: channels that the states lack; from `scale_of`.
     """
-    w, channels = config.guidance, config.guided_channels
-    if not 1 <= w < math.inf:
-        raise ValueError(f"--guidance must be a number >= 1, got {w}")
+    w, channels = scale_of(X, config), config.guided_channels
     if not 0 <= channels <= X.shape[0]:
         raise ValueError(f"--guided-channels must be at least 0 and at most {X.shape[0]}, got {channels}")
-    if getattr(X.network, "reads_guidance", False):
-        scales: list[float] = X.network.config["guidance"]  # type: ignore[index, assignment]
-        if w not in scales:
-            raise ValueError(f"--guidance must be one of the scales that these weights know, {scales}, got {w}")
+    if X.reads_guidance:
         return Guided(X, w)
     if w == 1:
         return X
     if channels == 0:
-        channels = X.shape[0] if makes_jumps(X) else min(OFFICIAL_CHANNELS, X.shape[0])
+        channels = X.shape[0] if has_two_times(X) else min(OFFICIAL_CHANNELS, X.shape[0])
     return ClassifierFree(X, w, channels=channels)
 
 
@@ -391,7 +415,7 @@ def describe(
     """
     weights, decoder = sha256_of_weights(network.network), vae and vae.identity
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ELSEWHERE}
-    settings |= {"weights": weights, "network": network.network.config}
+    settings |= {"weights": weights, "network": network.network.config, "guidance": scale_of(network, config)}
     settings |= {"vae": decoder and {name: decoder[name] for name in ("sha256", "scale")}}
     facts = {"weights": {"from": config.weights, "sha256": weights}, "guidance": guidance_of(X), "vae": decoder}
     return settings, facts | {"torch": torch.__version__, "device": device_name(config.device)}

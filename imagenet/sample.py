@@ -32,6 +32,7 @@ from imagenet.run import (
     describe,
     generators,
     guided,
+    is_drift,
     labels_for,
     makes_jumps,
     name_of,
@@ -79,6 +80,8 @@ def draw(config: SampleOptions, X: MetaFlowMap, y: Tensor, sources: list[torch.G
 
 def check_method(config: SampleOptions, X: FlowMap) -> None:
     """Refuse a method that the network cannot serve: it would run, and give samples of another law."""
+    if config.method in ("posterior", "map") and is_drift(X):
+        raise ValueError(f"--method {config.method} needs jumps, and fine-tuned weights have none: use --method euler")
     if config.method in ("posterior", "map") and not makes_jumps(X):
         raise ValueError(
             f"--method {config.method} needs a network of two times, and SiT's have one: use {' or '.join(DYNAMICS)}"

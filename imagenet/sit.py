@@ -72,6 +72,7 @@ class SiT(nn.Module):
 
     Attributes:
         checkpointing: set it to recompute each block in the backward pass instead of keeping what it computed.
+        drift_only: whether jumps and contexts mean nothing, as of weights that `imagenet.finetune` made.
 
     Raises:
         ValueError: sizes that do not divide or are out of range, guidance without a context branch, or scales that do
@@ -110,6 +111,7 @@ class SiT(nn.Module):
         self.noise_times, self.blank_start, self.guidance = noise_times, blank_start, tuple(guidance)
         self.encoder_depth, self.checkpointing = depth if encoder_depth is None else encoder_depth, False
         self.two_times, self.context = encoder_depth is not None, context
+        self.drift_only = False
         self.grid = (height // patch, across // patch)
 
         self.patch_z = nn.Conv2d(channels, width, patch, stride=patch)

@@ -28,6 +28,14 @@ def check_stage(config: TrainOptions) -> None:
         raise ValueError("--guided-from is for targets from data: a --teacher has guidance at all times")
     if not 0 <= config.guided_from <= 1:
         raise ValueError(f"--guided-from must lie in [0, 1], got {config.guided_from}")
+    if config.guided_from and config.guidance == 1:
+        raise ValueError("--guided-from is where --guidance begins, which must be above 1, got 1")
+    if config.guidance > 1 and not config.teacher and config.drop == 0:
+        raise ValueError("--drop must be above 0 with --guidance from data: rows without a label train the null class")
+    if config.reads_tx and config.stage != "mfm":
+        raise ValueError(f"--reads-tx is for --stage mfm: --stage {config.stage} has no context")
+    if config.preset and config.stage != "flow" and not (config.init or config.dry_run):
+        raise ValueError(f"--init must name the weights that --preset {config.preset} begins with")
     law_of(config, null_class=0).check()
 
 
@@ -36,6 +44,20 @@ def law_of(config: TrainOptions, null_class: int) -> RowLaw:
     return RowLaw(
         config.stage, config.times, null_class, config.drop, guidance=config.guidance, plain_rate=config.guidance_rate
     )
+
+
+def weights_of(config: TrainOptions, numbers: int) -> dict[str, float]:
+    """p, p_consistency and c of `paper_loss` for states of so many numbers.
+
+    A drift has the plain mean square. A flow map from data has p = 1 and a floor of 0.01 a number in both terms, which
+    are the gradients of DMF's log(‖Δ‖²/D + 0.01) and count the terms alike. A Meta Flow Map, and whatever has a
+    teacher, has MFM's: p = 0.5 on the diagonal, 1 for jumps, and a floor of 0.01.
+    """
+    if config.stage == "flow":
+        return {"p": 0.0}
+    if config.stage == "map" and not config.teacher:
+        return {"p": 1.0, "p_consistency": 1.0, "c": 0.01 * numbers}
+    return {"p": 0.5, "p_consistency": 1.0, "c": 0.01}
 
 
 def guided_from(config: TrainOptions) -> float | None:
@@ -67,13 +89,22 @@ def student_of(config: TrainOptions, shape: tuple[int, ...], n_classes: int) -> 
     )
     network = made_for(base, config)
     check_fit(network, shape, n_classes, "--init")
+    check_rate(network, config)
     return network
 
 
 def new(config: TrainOptions, shape: tuple[int, ...], n_classes: int) -> SiT:
     """A network of --size with random weights."""
     more = {"guidance": scales(config), "reads_tx": config.reads_tx} if config.stage == "mfm" else {}
-    return build(config.size, NEW[config.stage], shape=list(shape), n_classes=n_classes, **more)
+    network = build(config.size, NEW[config.stage], shape=list(shape), n_classes=n_classes, **more)
+    check_rate(network, config)
+    return network
+
+
+def check_rate(network: SiT, config: TrainOptions) -> None:
+    """Refuse two scales of guidance for a network that does not read them: it would learn something in between."""
+    if config.guidance_rate and config.guidance > 1 and not network.guidance:
+        raise ValueError("--guidance-rate must be 0 for a network that does not read its guidance")
 
 
 def made_for(base: SiT, config: TrainOptions) -> SiT:
@@ -140,7 +171,15 @@ def taught_by(network: SiT, config: TrainOptions) -> Teacher:
             f"--guidance must be one of the scales that --teacher knows, {list(network.guidance)}, "
             f"got {config.guidance}"
         )
-    scale = config.teacher_scale or (TEACHERS_SCALE if network.two_times and not network.context else 1.0)
+    scale = config.teacher_scale
+    if not scale and network.two_times and not network.context:
+        if (Path(config.teacher) / "config.json").exists():
+            raise ValueError(
+                "--teacher-scale must say what guidance the weights of --teacher hold: the --guidance that they were "
+                f"trained with, {TEACHERS_SCALE} for a published DMF"
+            )
+        scale = TEACHERS_SCALE
+    scale = scale or 1.0
     return Teacher(FlowMap(network), scale, one_scale=wanted == {scale})
 
 

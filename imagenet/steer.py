@@ -15,24 +15,29 @@
 
 All act on latents; the reward is that of the decoded images, times --scale. Sample i of every folder starts from the
 same noise, and every random number of it belongs to its number: it is the same on any number of processes, and up to
-rounding in any --batch and on any device. Memory: draws take turns where the graphs of network and reward would take
-more than --memory, and the decoder keeps no activations. Networks that read x, as the published MFM, cannot be
-differentiated at t = 0: --guide-from above 0 begins later. --preset has the paper's settings, over which typed options
-win. OUT gets
+rounding in any --batch and on any device. Memory: draws take turns where the graphs of the network would take more than
+--memory. The decoder and the reward keep no activations but for the --decode images whose gradients are computed, which
+come on top. Networks that read x, as the published MFM, cannot be differentiated at t = 0: --guide-from above 0 begins
+later. Classifier-free guidance makes no jumps: with it there are base and best-of-n alone. --preset has the paper's
+settings, over which typed options win; --reward and --scale are to be typed. OUT gets
 
     METHOD-N/      samples.npz, latents.npz, grid.png and settings.json, see `imagenet/run.py`, and rewards.json: of
-                   each sample, without --scale, and those of --held-out
+                   each sample, without --scale, and those of --held-out, each with what tells it from others: a file
+                   that has changed is another reward
     steer.json     "rows": for each folder mean rewards with standard errors, "diversity" (the mean distance of the
                    latents of two samples of a class), evaluations of a sample as counted ("evaluations": forward or
                    backward passes of map or reward) and by the paper's "formula", "passes" of rows forward through the
                    network (two a row with classifier-free guidance), "seconds" of a sample and "peak_memory" in bytes
     steer.md, steer.png      the same as a table, and rewards against evaluations
-    METHOD.png     base, the smallest N and the largest one, side by side, with --vae
+    METHOD.png     base, the smallest N and the largest one, side by side, with their mean rewards, with --vae
 
-A run that was killed goes on from its finished batches. Without --vae the reward is one of latents.
+A run that was killed goes on from its finished batches. Without --vae the reward is one of latents. Before anything is
+sampled, each reward is tried on one image.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -46,11 +51,11 @@ import torch
 from torch import Tensor
 
 from imagenet.commands import check_device, numbers, refusing
-from imagenet.finetune_measures import diversity, mean_and_error
+from imagenet.measures import diversity, mean_and_error
 from imagenet.npz import first_rows, mapped_rows
 from imagenet.pictures import draw_lines
-from imagenet.prompts import TEMPLATE, prompts_for
-from imagenet.rewards import LatentReward, RewardSum, load_reward, slug
+from imagenet.prompts import FIELD, TEMPLATE, names_for, prompts_for
+from imagenet.rewards import LatentReward, RewardSum, load_reward
 from imagenet.run import (
     Job,
     ModelOptions,
@@ -66,9 +71,19 @@ from imagenet.run import (
     reads_context,
     run_job,
 )
-from imagenet.steer_report import NAMES, draw_curves, table
+from imagenet.steer_report import NAMES, draw_curves, short_names, table
 from imagenet.vae import VAE
-from mfm_ref import Cost, FlowMap, MetaFlowMap, best_of_n, evaluations, rows_within, search, steer, time_grid
+from mfm_ref import (
+    ClassifierFree,
+    Cost,
+    MetaFlowMap,
+    best_of_n,
+    evaluations,
+    rows_within,
+    search,
+    steer,
+    time_grid,
+)
 from mfm_ref.baselines import by_rows
 from mfm_ref.checks import check_count, evaluate_reward
 from mfm_ref.distributed import Process, processes
@@ -84,16 +99,16 @@ THROUGH_REWARD = ("mfm-g", "mfm-c", "dps")  # by its gradient, and the map's
 # Options on which no folder depends, or only some: those say so by what they add.
 OF_RUN = (
     "preset", "methods", "draws", "best_of", "search_draws", "search_steps", "steps", "noise", "dynamics", "rescale",
-    "posterior_steps", "guide_from", "held_out", "memory",
+    "posterior_steps", "guide_from", "held_out", "memory", "decode", "reward", "scale", "prompt", "names",
 )  # fmt: skip
-DECODED = 8  # latents that are decoded and judged together, which bounds the memory of their gradients
 ALL = 2**31
 COMPARED = 512  # samples at most whose distances are taken
 SIDE = 4  # images in a row of a panel of METHOD.png, at most, and rows
 INCHES = 1.0  # of an image there, a side
 PRESETS: dict[str, dict[str, Any]] = {
     "tabby": {
-        "labels": "281", "prompt": "A high-quality, high-resolution photograph of a tabby cat.", "count": 128,
+        "reward": "", "scale": 0.0, "count": 128, "labels": "281",
+        "prompt": "A high-quality, high-resolution photograph of a tabby cat.",
         "guidance": 2.5, "steps": 250, "draws": "1,2,4,8,16,32", "best_of": "1,10,100,1000", "rescale": True,
         "noise": "independent", "guide_from": 0.01, "precision": "bfloat16",
         "methods": "base,mfm-g,mfm-gf,dps,search,best-of-n",
@@ -113,7 +128,10 @@ class SteerOptions(ModelOptions):
     labels: str = option("balanced", "balanced (each class in turn), random, or the number of one class")
     reward: str = option("brightness", "as for imagenet.evaluate values: terms [WEIGHT*]NAME[=PATH], by commas")
     scale: float = option(1.0, "λ, by which the reward is multiplied; the paper's are 1, 2.5 and 5")
-    prompt: str = option(TEMPLATE, "of rewards that take one, with {class} for ImageNet's name of the label")
+    prompt: str = option(TEMPLATE, "of rewards that take one, with {class} for the name of the label")
+    names: str = option(
+        "", "text file of the names of the classes, one a line; empty for ImageNet's, where there are 1,000"
+    )
     held_out: str = option("", "rewards that are measured and not steered by, separated by semicolons")
     steps: int = option(50, "of the ODE or SDE, of Best-of-N too")
     dynamics: str = option("ode", "Euler's or midpoint steps of the ODE (E7), or the SDE (E8)", choices=DYNAMICS)
@@ -124,7 +142,10 @@ class SteerOptions(ModelOptions):
     search_draws: int = option(4, "posterior samples of each particle of search, or all N where N is below")
     search_steps: int = option(0, "times of search, (k/K)^2.5; 0: as many as --steps")
     best_of: str = option("", "numbers N of best-of-n, in place of --draws")
-    memory: float = option(4.0, "10^9 bytes that the graphs of network and reward may take")
+    memory: float = option(4.0, "10^9 bytes that the graphs of the network may take")
+    decode: int = option(
+        4, "images decoded together with gradients: at 256 pixels a side Stable Diffusion's decoder takes 1.5 GB each"
+    )
 
 
 class Steered(NamedTuple):
@@ -148,8 +169,9 @@ class Run:
     passes: Passes
     vae: VAE | None
     labels: Tensor  # (count,), int64
+    names: list[str] | None  # of the classes
     rewards: dict[str, RewardSum]  # by names, first the one that steers
-    most_rows: Callable[[bool], int]  # through the network at once, with or without the gradient of the reward
+    most_rows: Callable[[bool, int], int]  # at once, with the reward's gradient or not, in steps of a posterior draw
     settings: dict[str, Any]  # of every folder
     facts: dict[str, Any]
 
@@ -162,12 +184,21 @@ class Run:
         """Of some samples."""
         if not reward.reads_prompts:
             return [None] * len(rows)
-        return list(prompts_for(self.config.prompt, self.labels[rows.start : rows.stop]))
+        return list(prompts_for(self.config.prompt, self.labels[rows.start : rows.stop], self.names))
 
+    def on_latents(self, reward: RewardSum, prompts: str | list[str] | None, scale: float = 1.0) -> LatentReward:
+        """A reward of latents, decoded a few at a time where there is a VAE."""
+        decode, checkpointed = (ALL, False) if self.vae is None else (self.config.decode, True)
+        return LatentReward(self.vae, reward, prompts, scale, decode=decode, checkpointed=checkpointed)
 
-def on_latents(vae: VAE | None, reward: RewardSum, prompts: str | list[str] | None, scale: float = 1.0) -> LatentReward:
-    """A reward of latents, decoded a few at a time where there is a VAE."""
-    return LatentReward(vae, reward, prompts, scale, decode=DECODED if vae else ALL, checkpointed=vae is not None)
+    def identity(self, reward: RewardSum) -> dict[str, Any]:
+        """What the values of a reward depend on, beside the samples, as JSON values."""
+        found: dict[str, Any] = {"reward": reward.identity}
+        if reward.reads_prompts:
+            found["prompt"] = self.config.prompt
+        if reward.reads_prompts and FIELD in self.config.prompt:
+            found["names"] = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
+        return found
 
 
 # ---- one folder ------------------------------------------------------------------------------------------
@@ -192,12 +223,13 @@ def options_of(config: SteerOptions, what: Steered) -> dict[str, Any]:
 
 def draw(run: Run, what: Steered, rows: range) -> tuple[Tensor, Cost]:
     """Samples number `rows`, `(len, *D)`, and what they cost; those of one prompt together."""
-    prompts, sources = run.prompts(run.reward, rows), generators(run.config.seed, rows)
+    sources = generators(run.config.seed, rows)
+    prompts = [None] * len(rows) if what.method == "base" else run.prompts(run.reward, rows)
     found, costs = torch.empty((len(rows), *run.X.shape), dtype=run.X.dtype, device=run.X.device), []
     for prompt in dict.fromkeys(prompts):
         part = [i for i, other in enumerate(prompts) if other == prompt]
         y = run.labels[[rows[i] for i in part]].to(run.X.device)
-        reward = on_latents(run.vae, run.reward, prompt, run.config.scale)
+        reward = run.on_latents(run.reward, prompt, run.config.scale)
         found[part], cost = steered(run, what, reward, y, [sources[i] for i in part])
         costs.append(cost)
     return found, sum(costs[1:], costs[0])
@@ -207,7 +239,8 @@ def steered(
     run: Run, what: Steered, reward: LatentReward, y: Tensor, sources: list[torch.Generator]
 ) -> tuple[Tensor, Cost]:
     """A sample for each label, `(B, *D)`, with the noise of the generator of its own, and what they cost."""
-    arguments = options_of(run.config, what) | {"max_rows": run.most_rows(what.method in THROUGH_REWARD)}
+    arguments = options_of(run.config, what)
+    arguments["max_rows"] = run.most_rows(what.method in THROUGH_REWARD, arguments.get("posterior_steps", 1))
     if what.method == "search":
         return search(run.X, reward, len(y), y=y, generator=sources, **arguments)
     if what.method == "best-of-n":
@@ -255,6 +288,8 @@ def times_of(config: SteerOptions) -> list[float]:
 def run_folder(run: Run, what: Steered, process: Process) -> dict[str, Any] | None:
     """One folder of samples; what its settings.json says, None but in rank 0."""
     settings = run.settings | {"method": what.method, "options": options_of(run.config, what)}
+    if what.method != "base":  # which depends on no reward
+        settings |= {"scale": run.config.scale, **run.identity(run.reward)}
     job = Job(
         settings, run.facts, run.labels, lambda rows: draw(run, what, rows), run.passes, run.vae, run.config.batch,
         keep_latents=True,
@@ -270,20 +305,28 @@ def rewards_of(run: Run, folder: Path) -> dict[str, list[float]]:
     """The rewards of the samples of a folder, by names, from rewards.json, or evaluated and written there."""
     path = folder / "rewards.json"
     clear(folder, path.name)
-    known: dict[str, list[float]] = load_json(path) if path.exists() else {}
-    missing = {name: reward for name, reward in run.rewards.items() if name not in known}
-    x = mapped_rows(folder / "latents.npz")
-    for name, reward in missing.items():
-        values: list[float] = []
-        for first in range(0, len(x), run.config.batch):
-            rows = range(first, min(first + run.config.batch, len(x)))
-            prompts = [prompt for prompt in run.prompts(reward, rows) if prompt is not None]  # none, or all
-            part = torch.from_numpy(np.array(x[rows.start : rows.stop])).to(run.X.device)
-            values += evaluate_reward(on_latents(run.vae, reward, prompts or None), part).double().tolist()
-        known[name] = values
-    if missing:
-        save_json(known, path)
-    return {name: known[name] for name in run.rewards}
+    known: list[dict[str, Any]] = load_json(path).get("rewards", []) if path.exists() else []
+    found: dict[str, list[float]] = {}
+    for name, reward in run.rewards.items():
+        of = run.identity(reward)
+        values = next((entry["values"] for entry in known if entry["of"] == of), None)
+        if values is None:
+            values = values_of(run, reward, folder / "latents.npz")
+            known.append({"name": name, "of": of, "values": values})
+            save_json({"rewards": known}, path)
+        found[name] = values
+    return found
+
+
+def values_of(run: Run, reward: RewardSum, path: Path) -> list[float]:
+    """A reward of each sample of a file of latents."""
+    x, values = mapped_rows(path), []
+    for first in range(0, len(x), run.config.batch):
+        rows = range(first, min(first + run.config.batch, len(x)))
+        prompts = [prompt for prompt in run.prompts(reward, rows) if prompt is not None]  # none, or all
+        part = torch.from_numpy(np.array(x[rows.start : rows.stop])).to(run.X.device)
+        values += evaluate_reward(run.on_latents(reward, prompts or None), part).double().tolist()
+    return values
 
 
 def row_of(run: Run, what: Steered, record: dict[str, Any]) -> dict[str, Any]:
@@ -316,17 +359,17 @@ def diversity_of(path: Path, labels: Tensor) -> float | None:
     return diversity(x[kept], y[kept]) if bool(kept.any()) else None
 
 
-def draw_pictures(config: SteerOptions, folders: list[Steered]) -> None:
-    """METHOD.png: images of the base, of the smallest N and of the largest one."""
+def draw_pictures(config: SteerOptions, rows: list[dict[str, Any]], reward: str) -> None:
+    """METHOD.png: images of the base, of the smallest N and of the largest one, and the means of the reward."""
     side = min(SIDE, math.isqrt(config.count))
-    for method in dict.fromkeys(what.method for what in folders if what.method != "base"):
-        counts = sorted(what.n for what in folders if what.method == method)
-        shown = {f"N = {n}": Steered(method, n).folder for n in (counts[0], counts[-1])}
-        if Steered("base", 1) in folders:
-            shown = {"base": "base"} | shown
+    base = [row for row in rows if row["method"] == "base"]
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "base"):
+        found = sorted((row for row in rows if row["method"] == method), key=lambda row: row["n"])
         panels = {}
-        for title, folder in shown.items():
-            images = first_rows(config.out / folder / "samples.npz", side**2)
+        for row in [*base, found[0], *found[1:][-1:]]:
+            images = first_rows(config.out / row["folder"] / "samples.npz", side**2)
+            heading = "base" if row["method"] == "base" else f"N = {row['n']}"
+            title = f"{heading}\nmean reward {row['rewards'][reward][0]:.4g}"
             panels[title] = images.reshape(side, side, *images.shape[1:])
         draw_lines([panels], [""] * side, NAMES[method], config.out / f"{method}.png", inches=INCHES)
 
@@ -354,24 +397,31 @@ def folders_of(config: SteerOptions) -> list[Steered]:
 
 def check_options(config: SteerOptions) -> None:
     """Raise ValueError for numbers out of range."""
-    for name in ("count", "batch", "steps", "posterior_steps"):
+    for name in ("count", "batch", "steps", "posterior_steps", "decode"):
         check_count(getattr(config, name), f"--{name.replace('_', '-')}")
     for name in ("seed", "search_steps"):
         check_count(getattr(config, name), f"--{name.replace('_', '-')}", 0)
-    if not math.isfinite(config.scale):
-        raise ValueError(f"--scale must be finite, got {config.scale}")
+    if not config.reward:
+        raise ValueError("--reward must be given, such as pickscore=FOLDER: the preset has none")
+    if not math.isfinite(config.scale) or config.scale == 0:
+        raise ValueError(f"--scale must be finite and not 0, which steers by nothing, got {config.scale}")
     if not 0 <= config.guide_from < 1:
         raise ValueError(f"--guide-from must lie in [0, 1), got {config.guide_from}")
     if not config.memory > 0:
         raise ValueError(f"--memory must be positive, got {config.memory}")
 
 
-def check_methods(config: SteerOptions, X: FlowMap, reward: RewardSum) -> None:
-    """Raise ValueError for methods that the network or the reward cannot serve."""
+def check_methods(config: SteerOptions, X: MetaFlowMap, in_context: bool, reward: RewardSum) -> None:
+    """Raise ValueError for methods that the guided network, with a context or not, or the reward cannot serve."""
     methods = config.methods.split(",")
     conditional = [method for method in methods if method not in ("base", "best-of-n")]
-    if conditional and not reads_context(X):
+    if conditional and not in_context:
         raise ValueError(f"--methods {conditional[0]} needs a network with a context, got one without: use best-of-n")
+    if conditional and isinstance(X, ClassifierFree):
+        raise ValueError(
+            f"--guidance must be 1, or an input of the network, for --methods {conditional[0]}: classifier-free "
+            "guidance makes no jumps; base and best-of-n take it"
+        )
     through = [method for method in methods if method in THROUGH_REWARD]
     if through and not reward.differentiable:
         raise ValueError(
@@ -386,34 +436,55 @@ def check_methods(config: SteerOptions, X: FlowMap, reward: RewardSum) -> None:
 def open_rewards(config: SteerOptions) -> dict[str, RewardSum]:
     """The rewards by their names, first the one that steers. Raises ValueError for one that is there twice."""
     specs = [config.reward, *(config.held_out.split(";") if config.held_out else [])]
-    if len({slug(spec) for spec in specs}) < len(specs):
+    rewards = [load_reward(spec, config.device) for spec in specs]
+    if len({json.dumps(reward.identity) for reward in rewards}) < len(rewards):
         raise ValueError(f"--held-out must be rewards other than --reward, each once, got {config.held_out!r}")
-    return {slug(spec): load_reward(spec, config.device) for spec in specs}
+    return dict(zip(short_names(specs), rewards, strict=True))
+
+
+def try_rewards(run: Run) -> None:
+    """Score one image, or latent, by every reward. Raises ValueError, with its name, for one that cannot."""
+    x = noise_like(run.X, 1, generator=generators(run.config.seed, range(1)))
+    through = [method for method in run.config.methods.split(",") if method in THROUGH_REWARD]
+    for name, reward in run.rewards.items():
+        by_gradient = bool(through) and reward is run.reward
+        with torch.set_grad_enabled(by_gradient):
+            try:
+                prompt = run.prompts(reward, range(1))[0]
+                r = evaluate_reward(run.on_latents(reward, prompt), x.requires_grad_(by_gradient))
+            except ValueError as error:
+                raise ValueError(f"the reward {name}: {error}") from error
+        if by_gradient and not r.requires_grad:
+            raise ValueError(f"--methods {through[0]} needs a differentiable reward, and {name} has no gradient")
 
 
 def open_run(config: SteerOptions) -> Run:
     """Network, VAE and rewards. Raises ValueError for those that are missing or do not go together."""
     network, rewards = open_network(config), open_rewards(config)
-    name, reward = next(iter(rewards.items()))
-    check_methods(config, network, reward)
     X, vae = guided(network, config), open_vae(config, network)
+    check_methods(config, X, reads_context(network), next(iter(rewards.values())))
     check_channels(config, X)
     labels = labels_for(config.labels, config.count, network.null_class, config.seed)
+    names = names_for(network.null_class, config.names)
     settings, facts = describe(config, network, X, vae)
-    settings = {name: value for name, value in settings.items() if name not in OF_RUN} | {"reward": name}
+    settings = {name: value for name, value in settings.items() if name not in OF_RUN}
 
     passes = Passes(network)
 
     @cache
-    def most_rows(through: bool) -> int:
+    def most_rows(through: bool, steps: int) -> int:
         before = passes.rows
-        prompt = prompts_for(config.prompt, labels[:1])[0] if reward.reads_prompts else None
-        of_latents = on_latents(vae, reward, prompt, config.scale) if through else None
-        found = rows_within(config.memory * 1e9, X, of_latents, y=labels[:1].to(X.device))
+        of_latents = (
+            opened.on_latents(opened.reward, opened.prompts(opened.reward, range(1))[0], config.scale)
+            if through
+            else None
+        )
+        found = rows_within(config.memory * 1e9, X, of_latents, steps=steps, y=labels[:1].to(X.device))
         passes.rows = before  # what is measured here is no sample
         return found
 
-    return Run(config, X, passes, vae, labels, rewards, most_rows, settings, facts)
+    opened = Run(config, X, passes, vae, labels, names, rewards, most_rows, settings, facts)
+    return opened
 
 
 def run(config: SteerOptions, process: Process) -> None:
@@ -421,6 +492,7 @@ def run(config: SteerOptions, process: Process) -> None:
     check_options(config)
     began, folders = time.perf_counter(), folders_of(config)
     all_of = open_run(config)
+    try_rewards(all_of)
     records = [run_folder(all_of, what, process) for what in folders]
     if process.rank > 0:  # it has no more to do
         return
@@ -433,8 +505,10 @@ def run(config: SteerOptions, process: Process) -> None:
     steers = next(iter(all_of.rewards))
     draw_curves(rows, f"{config.count} samples, steered by {config.scale:g} · {steers}", config.out / "steer.png")
     if all_of.vae is not None:
-        draw_pictures(config, folders)
-    record = {"settings": all_of.settings, "reward": steers, "scale": config.scale, "rows": rows, **all_of.facts}
+        draw_pictures(config, rows, steers)
+    identities = {name: all_of.identity(reward) for name, reward in all_of.rewards.items()}
+    record = {"settings": all_of.settings, "reward": steers, "scale": config.scale, "rewards": identities, "rows": rows}
+    record |= all_of.facts
     save_json(record, config.out / "steer.json")
     print(
         f"{text}\n\n{config.out / 'steer.json'}: {len(folders)} folders, {(time.perf_counter() - began) / 60:.1f} min"

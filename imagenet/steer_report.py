@@ -4,12 +4,15 @@ A row is what steer.json has of one folder; with "run", the name of a run, where
 """
 
 import itertools
+import math
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mfm_ref.figures import COLOURS, new_figure, save_figure
 
@@ -26,6 +29,14 @@ NAMES = {
 }
 CURVES = dict(zip(NAMES, ("grey", "blue", "sky", "green", "red", "purple", "orange"), strict=True))
 STYLES = ("-", "--", ":", "-.")  # of runs
+TICKS = 6  # at most, along a logarithmic axis
+LETTER, SMALL = 0.075, 0.06  # inches of a letter, of a title and of a legend
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """Specs of rewards without the folders of their files; as they are where two would have one name."""
+    short = [re.sub(r"=[^,]*/([^/,]+)", r"=\1", spec) for spec in specs]
+    return [name if short.count(name) == 1 else spec for name, spec in zip(short, specs, strict=True)]
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
@@ -57,8 +68,8 @@ def _cells(row: Row, rewards: Sequence[str]) -> list[str]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of lines of cells, the first of which is its head."""
-    cells = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    """A Markdown table of lines of cells, the first of which is its head; in this, * is a star."""
+    cells = [[cell.replace("*", r"\*") for cell in lines[0]], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
@@ -82,25 +93,35 @@ def draw_curves(rows: Sequence[Row], title: str, path: Path) -> None:
             shown = [one for one in rows if one["method"] == method and one.get("run", "") == run]
             _draw(ax, [one for one in shown if name in one["rewards"]], name, style)
         ax.set(xlabel="evaluations of a sample", ylabel=name)
-        log_axis(ax)
+        log_axis(ax, [one["evaluations"] for one in rows if one["method"] != "base" and name in one["rewards"]])
     finish(figure, axes, title, path)
 
 
-def log_axis(ax: Any) -> None:
-    """Plain numbers along x, in a logarithmic scale; 1, 2 and 5 times a power of ten where these are few."""
+def log_axis(ax: Any, values: Sequence[float]) -> None:
+    """A logarithmic scale along x, marked at some of the values that are shown, far enough from each other to read."""
     ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    ax.xaxis.set_major_locator(FixedLocator(apart(values)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def apart(values: Sequence[float]) -> list[float]:
+    """Some of the values, the least among them, no two nearer than a part of their range in a logarithmic scale."""
+    found: list[float] = []
+    for value in sorted(set(values)):
+        if not found or math.log(value / found[-1]) > math.log(max(values) / min(values)) / TICKS:
+            found.append(value)
+    return found
+
+
 def finish(figure: Figure, axes: Any, title: str, path: Path) -> None:
-    """Write a figure as PNG, with a title above and a legend of all its panels beside it."""
+    """Write a figure as PNG, with a title above its panels and beside them a legend of all, for which it is widened."""
     pairs = [zip(*reversed(ax.get_legend_handles_labels()), strict=True) for ax in axes.flat]
     handles = dict(pair for found in pairs for pair in found)
+    wide, high = figure.get_size_inches()
+    figure.suptitle(textwrap.fill(title, int(wide / LETTER)), fontsize=9, x=0.02, ha="left")
+    figure.set_size_inches(wide + 0.5 + SMALL * max(map(len, handles), default=0), high)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=9)
     save_figure(figure, path)
 
 

@@ -20,11 +20,13 @@ OUT gets, on the way,
     weights/           at the end: the averaged weights, what --weights of every script and --init take
 
 --batch is that of all processes together, cut into passes of --micro images in each. A run that was killed goes on with
-the same numbers, with any number of processes, --micro and --engine, as the same command is given again. SIGTERM writes
-a checkpoint first; NaN, a full disk and latents that are damaged end the run and say where it can go on.
+the same numbers as the same command is given again; with another number of processes, --micro or --engine the numbers
+are the same but for rounding (--batch must be a multiple of --micro times the processes). SIGTERM writes a checkpoint
+first; NaN, a full disk and latents that are damaged end the run and say where it can go on.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +39,16 @@ from imagenet.latents import GivenLatents, Latents, open_latents
 from imagenet.presets import PRESETS, TrainOptions
 from imagenet.proxy import Proxy
 from imagenet.shards import differences
-from imagenet.stages import check_stage, equivalents_of, guided_from, law_of, outlines, student_of, teacher_of
+from imagenet.stages import (
+    check_stage,
+    equivalents_of,
+    guided_from,
+    law_of,
+    outlines,
+    student_of,
+    teacher_of,
+    weights_of,
+)
 from imagenet.teacher import Teacher
 from imagenet.vae import VAE, sha256_of_weights
 from mfm_ref import FlowMap, TrainConfig, Watched, train
@@ -57,7 +68,7 @@ ELSEWHERE = (
 
 def run(config: TrainOptions, process: Process) -> None:
     """Train, or go on, and write the averaged weights."""
-    micro = config.micro or max(config.batch // process.world, 1)
+    micro = config.micro or share_of(config.batch, process.world)
     accumulate = parts_of_a_step(config.batch, micro, process.world)
     vae = VAE.load(config.vae, process.device) if config.vae and process.rank == 0 else None
     latents = open_latents(config.latents, vae.identity if vae else None)
@@ -87,15 +98,23 @@ def run(config: TrainOptions, process: Process) -> None:
         print(f"{config.out / 'weights'}: {config.stage}, {config.steps} updates of {config.batch} images")
 
 
+def share_of(batch: int, world: int) -> int:
+    """The images of one of `world` processes. Raises ValueError where they do not come out even."""
+    if batch % world:
+        raise ValueError(f"--batch must be a multiple of the number of processes, {world}, got {batch}")
+    return batch // world
+
+
 def loss_of(
     config: TrainOptions, teacher: Teacher | None
 ) -> Callable[[FlowMap, tuple[PaperRows, int], torch.Generator | None], Watched]:
     """The loss of the stage, as the trainer calls it."""
-    p, start = (0.0 if config.stage == "flow" else 0.5), guided_from(config)
+    start = guided_from(config)
 
     def loss(X: FlowMap, batch: tuple[PaperRows, int], generator: torch.Generator | None) -> Watched:
         rows, diagonal = batch
-        return paper_loss(X, rows, diagonal, teacher=teacher, guided_from=start, p=p)
+        weights = weights_of(config, math.prod(X.shape))
+        return paper_loss(X, rows, diagonal, teacher=teacher, guided_from=start, **weights)
 
     return loss
 
@@ -111,6 +130,12 @@ def train_config(config: TrainOptions, accumulate: int) -> TrainConfig:
     return TrainConfig(**settings, betas=betas, schedule="constant", accumulate=accumulate)
 
 
+def identity_of(teacher: Teacher) -> dict[str, Any]:
+    """What tells a teacher from others: weights alone do not tell a SiT from a DMF."""
+    network: Any = teacher.X.network
+    return {"sha256": sha256_of_weights(network), "network": network.config, "scale": teacher.scale}
+
+
 def keep_settings(config: TrainOptions, latents: Latents | GivenLatents, network: Any, teacher: Teacher | None) -> None:
     """Write settings.json, or compare with the one that is there.
 
@@ -120,7 +145,7 @@ def keep_settings(config: TrainOptions, latents: Latents | GivenLatents, network
     path, options = config.out / "settings.json", dataclasses.asdict(config)
     settings = {name: value for name, value in options.items() if name not in ELSEWHERE} | {
         "begins_with": sha256_of_weights(network),
-        "teacher": teacher and {"sha256": sha256_of_weights(teacher.X.network), "scale": teacher.scale},
+        "teacher": teacher and identity_of(teacher),
         "latents": latents.sha256,
         "network": network.config,
     }
@@ -148,7 +173,7 @@ def plan(config: TrainOptions) -> str:
         latents = open_latents(config.latents)
         shape, n_classes = latents.shape, latents.n_classes
     student, teacher = outlines(config, shape, n_classes)
-    micro = config.micro or max(config.batch // config.gpus, 1)
+    micro = config.micro or share_of(config.batch, config.gpus)
     parts_of_a_step(config.batch, micro, config.gpus)
     rate = config.tflops * 1e12 or SUSTAINED * HARDWARE[config.hardware]
     passes = equivalents_of(config, teacher)
@@ -171,6 +196,8 @@ def check(config: TrainOptions) -> None:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {config.preset!r}")
     for name, least in (("batch", 1), ("micro", 0), ("gpus", 1), ("samples", 2)):
         check_count(getattr(config, name), f"--{name}", least)
+    if not 0 <= config.tflops < math.inf:
+        raise ValueError(f"--tflops must be positive, or 0 for a share of --hardware's peak, got {config.tflops}")
     check_stage(config)
     train_config(config, 1)
 

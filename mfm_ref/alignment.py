@@ -294,15 +294,20 @@ def context_gradient(
     return draws, r, guidance_factor(X, t, x) * slopes
 
 
-def rows_within(memory: float, X: MetaFlowMap, reward: Reward | None, *, y: Tensor | None = None) -> int:
+def rows_within(
+    memory: float, X: MetaFlowMap, reward: Reward | None, *, steps: int = 1, y: Tensor | None = None
+) -> int:
     """`max_rows` for a memory budget: how many rows' graphs, of the map and the reward, fit in `memory` bytes; >= 1.
 
     Measured: what the graph of two rows saves for its backward pass, less that of one row, at t = 0.5 and normal
     states. With None in place of the reward, for a black box, the map's alone: more than its rows take without a graph.
-    Beside the graphs there are the noises of all n·B rows, and some copies of the draws of as many.
+    `steps` are the evaluations of the map for a draw, as in `sample_posterior`: a row has the graphs of all of them.
+    Beside the graphs there are the noises of all n·B rows, and some copies of the draws of as many. What a reward
+    computes again for its gradient (`torch.utils.checkpoint`) is not seen.
 
     Raises:
-        ValueError: memory that is not positive, or a reward that does not fit, couples two rows or has no gradient.
+        ValueError: memory that is not positive, steps below one, or a reward that does not fit, couples two rows or
+            has no gradient.
     """
     if not memory > 0:
         raise ValueError(f"memory must be positive, got {memory}")
@@ -320,7 +325,7 @@ def rows_within(memory: float, X: MetaFlowMap, reward: Reward | None, *, y: Tens
         labels = None if y is None else y[:1].repeat(rows)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             reader, context = through_context(X, 0.5, x)
-            draws = sample_posterior(reader, 0.5, context, 1, y=labels, eps=x.unsqueeze(0))[0]
+            draws = sample_posterior(reader, 0.5, context, 1, steps, y=labels, eps=x.unsqueeze(0))[0]
             graph = draws if reward is None else evaluate_reward(reward, draws)
         if reward is not None and rows == 2:
             check_uncoupled(reward, draws, graph)

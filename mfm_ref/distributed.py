@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+PATIENCE = timedelta(hours=1)  # others wait while rank 0 writes, or draws samples
 
 
 class Process(NamedTuple):
@@ -36,7 +38,7 @@ def processes(device: str = "cpu") -> Iterator[Process]:
         torch.cuda.set_device(place)
     own = not grouped()
     if own:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Process(dist.get_rank(), world, place)
     finally:
@@ -82,11 +84,19 @@ def gather(item: Any) -> list[Any]:
     return items
 
 
+KINDS = {kind.__name__: kind for kind in (OSError, ValueError, RuntimeError)}
+
+
+def kind_of(error: Exception) -> type[Exception]:
+    """What the others raise, of `KINDS`: the last where none fits."""
+    return next(kind for kind in KINDS.values() if isinstance(error, kind) or kind is RuntimeError)
+
+
 def on_rank_0(act: Callable[[], Result]) -> Result | None:
     """What `act` returns in rank 0, None elsewhere. If it fails, it fails in all: none waits for one that is gone.
 
     Raises:
-        OSError: in the others, where rank 0 raised one; RuntimeError where it raised any other Exception.
+        OSError, ValueError: in the others, where rank 0 raised one; RuntimeError where it raised any other Exception.
     """
     rank, world = rank_and_world()
     if world == 1:
@@ -97,11 +107,11 @@ def on_rank_0(act: Callable[[], Result]) -> Result | None:
             result = act()
         except Exception as raised:
             error = raised
-    told: list[Any] = [None if error is None else (isinstance(error, OSError), f"in rank 0: {error}")]
+    told: list[Any] = [None if error is None else (kind_of(error).__name__, f"in rank 0: {error}")]
     dist.broadcast_object_list(told, 0)
     if error is not None:
         raise error
     if told[0] is not None:
-        full_disk_or_so, text = told[0]
-        raise (OSError if full_disk_or_so else RuntimeError)(text)
+        name, text = told[0]
+        raise KINDS[name](text)
     return result

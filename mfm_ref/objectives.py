@@ -114,6 +114,7 @@ def guided_target(
     guidance: Time,
     *,
     conditional: Tensor | None = None,
+    null_guidance: Time | None = None,
 ) -> Tensor:
     """Model guidance: target + (1 − 1/w) sg[v_{s,s}(z; t, x, y, w) − v_{s,s}(z; t, x, ∅, w)].
 
@@ -128,6 +129,8 @@ def guided_target(
         y: class labels `(B,)`.
         guidance: scale w >= 1, `()` or `(B,)`. w = 1 leaves the target as it is.
         conditional: v_{s,s}(z; t, x, y, w) `(B, *D)`, where it is at hand: then X is asked for the null class alone.
+        null_guidance: the scale at which the null class is read, where X reads scales: that of the rows whose label was
+            dropped, if these all have one, as 1 in the published training. None for w.
 
     Raises:
         ValueError: guidance below one, a network without a null class; shapes that differ.
@@ -135,8 +138,9 @@ def guided_target(
     check_same_shape(z=z, target=target, conditional=z if conditional is None else conditional)
     w = scales_of(guidance, z)
     s, t = expand_time(s, z, "s").flatten(), expand_time(t, x).flatten()
-    scale, null = (w,) if X.reads_guidance else (), torch.full_like(y, X.null_class)
-    rows = (s, s, z, t, x, null, *scale)
+    scale: tuple[Tensor, ...] = (w,) if X.reads_guidance else ()
+    of_null = scale if null_guidance is None or not scale else (scales_of(null_guidance, z),)
+    rows = (s, s, z, t, x, torch.full_like(y, X.null_class), *of_null)
     with torch.no_grad():
         if conditional is None:
             both = (torch.cat(pair) for pair in zip((s, s, z, t, x, y, *scale), rows, strict=True))

@@ -178,7 +178,8 @@ def paper_loss(
         r: the rows, those of the diagonal first.
         diagonal: how many these are, >= 1; there may be no others.
         teacher: or None to learn from data. It is called once, for all rows, without a graph.
-        guided_from: from data, model guidance where s is at least this much, by each row's scale; None for none.
+        guided_from: from data, model guidance where s is at least this much, by each row's scale; None for none. The
+            null class is read at w = 1, where rows with a dropped label train it.
         p, p_consistency, c: of the weights; p = 0 leaves the minimiser of E13 where it is.
 
     Returns:
@@ -229,7 +230,7 @@ def _velocity(X: FlowMap, r: PaperRows, own: Tensor, teacher: Teacher | None, gu
     for part, known in ((slice(None, n), own), (slice(n, None), None)):
         if len(r.s[part]):
             s, z, t, x, target, y = (a[part] for a in (r.s, r.z, r.t, r.x, r.velocity, r.y))
-            parts.append(guided_target(X, s, z, t, x, target, y, w[part], conditional=known))
+            parts.append(guided_target(X, s, z, t, x, target, y, w[part], conditional=known, null_guidance=1.0))
     return torch.cat(parts)
 
 
@@ -244,7 +245,8 @@ def by_time(s: Tensor, residual: Tensor) -> dict[str, Tensor]:
     mean_square = residual.detach().to(s.dtype).square().flatten(1).mean(1)
     place = (s * BINS).long().clamp_max(BINS - 1)
     inside = torch.nn.functional.one_hot(place, BINS).to(mean_square)  # (B, bins)
-    pairs = torch.stack([mean_square @ inside, inside.sum(0)], 1)
+    sums = (mean_square.unsqueeze(1) * inside).sum(0)  # no matrix product, which autocast would round
+    pairs = torch.stack([sums, inside.sum(0)], 1)
     return {f"s{k / BINS:.1f}": pair for k, pair in enumerate(pairs)}
 
 

@@ -109,7 +109,7 @@ def steer(
     def most_rows() -> int | None:
         if max_rows is not None or memory is None:
             return max_rows
-        return rows_within(memory, X, None if method == "stein" else reward, y=y)
+        return rows_within(memory, X, None if method == "stein" else reward, steps=posterior_steps, y=y)
 
     with counting(X, reward, n_samples) as (counted, counted_reward, cost):
 

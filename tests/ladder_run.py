@@ -16,7 +16,8 @@ MAP = "--weights mfm/weights --vae vae --guidance 2.5 --batch 4"
 COMMANDS = (
     f"train --stage flow --size tiny {TRAIN} --out flow",
     f"train --stage map --init flow/weights --guidance 2.5 --guided-from 0.3 {TRAIN} --out map",
-    f"train --stage mfm --init map/weights --teacher map/weights --guidance 2.5 --reads-tx {TRAIN} --out mfm",
+    f"train --stage mfm --init map/weights --teacher map/weights --teacher-scale 2.5 --guidance 2.5 --reads-tx {TRAIN} "
+    "--out mfm",
     f"sample {MAP} --count 8 --steps 2 --out samples",
     f"posterior {MAP} --latents latents --contexts 4 --draws 3 --times 0.2,0.6 --methods mfm,glass,sde,again "
     "--map-steps 1,2 --glass-steps 2 --sde-steps 4 --out posteriors",

@@ -993,6 +993,14 @@ def test_a_map_to_begin_with_from_the_command_line(tmp_path, capsys):
     assert not torch.equal(load(tmp_path / "other").context_t.mlp[0].weight, network.context_t.mlp[0].weight)
 
 
+def test_a_drift_alone_is_known_by_its_mark(tmp_path):
+    FlowMap(mfm_from(vector("sit_tiny").network())).save_pretrained(tmp_path)
+    assert load(tmp_path).drift_only is False
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"drift_only": True}))
+    assert load(tmp_path).drift_only is True and load(tmp_path).config == config["config"]
+
+
 def test_half_precision_is_reported(tmp_path, capsys):
     path = write(tmp_path / "half.pt", {key: tensor.half() for key, tensor in published("sit_tiny").items()})
     main(["convert", str(path), str(tmp_path / "ours"), "--num-heads", "4"])  # 32 rows tell the kind

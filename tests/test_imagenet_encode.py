@@ -246,8 +246,13 @@ def test_a_folder_that_cannot_be_looked_into_ends_the_run(tmp_path, monkeypatch)
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
-    touch(tmp_path, "a.jpg", "b/notes.txt")
+    touch(tmp_path, "b/notes.txt")
     with pytest.raises(ValueError, match="must hold a folder of images for each class, got no image"):
+        list_images(tmp_path)
+    touch(tmp_path, "a.jpg", "b.png")
+    with pytest.raises(
+        ValueError, match=f"got 2 images outside of one: move them into a folder .* {tmp_path}/any-name"
+    ):
         list_images(tmp_path)
 
 

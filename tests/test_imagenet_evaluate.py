@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from imagenet import evaluate_report
 from imagenet.evaluate import agreement, main
 from imagenet.evaluate_report import draw_curves, table
 from imagenet.prompts import class_names
+from imagenet.rewards import LinearProbe
 from tests.strategies import rng
 
 CONTEXTS, DRAWS, SIDE = 24, 6, 4
@@ -352,23 +354,42 @@ def test_values_are_log_mean_exp_over_the_draws_of_a_context(posteriors, tmp_pat
     assert (tmp_path / "values-redness.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rewards_that_read_prompts_have_those_of_the_labels(posteriors, tmp_path):
-    """Of each draw, that of its context; with batches that end within a context."""
-    reward, record = f"{__name__}:lettered", read(posteriors / "posterior.json")
-    options = ["values", "--posteriors", posteriors, "--reward", reward, "--batch", 4, "--out", tmp_path]
-    run(*options, "--prompt", "{class}")
-    lengths = np.array([len(class_names()[label]) for label in record["labels"]])
+@pytest.mark.parametrize("given", [False, True])
+def test_rewards_that_read_prompts_have_those_of_the_labels(posteriors, tmp_path, given):
+    """Of each draw, that of its context; with batches that end within a context. Names are ImageNet's, or a file's."""
+    folder, n_classes = shutil.copytree(posteriors, tmp_path / "posteriors"), 5 if given else 1000
+    record = read(folder / "posterior.json") | {"settings": {"network": {"n_classes": n_classes}}}
+    (folder / "posterior.json").write_text(json.dumps(record))
+    (tmp_path / "names.txt").write_text("a\nto\nant\nlong\nlonger\n")
+    reward, names = f"{__name__}:lettered", ["a", "to", "ant", "long", "longer"] if given else class_names()
+    options = ["values", "--posteriors", folder, "--reward", reward, "--batch", 4, "--out", tmp_path]
+    options += ["--prompt", "{class}"]
+    if given:
+        assert "needs the names of the classes, which are not ImageNet's: give --names FILE" in refused(*options)
+    run(*options, *(["--names", tmp_path / "names.txt"] if given else []))
+    lengths = np.array([len(names[label]) for label in record["labels"]])
     assert len(set(lengths)) > 1
 
     def value(where):
-        means = np.load(posteriors / where / "samples.npz")["arr_0"].mean((1, 2, 3)) / 255
+        means = np.load(folder / where / "samples.npz")["arr_0"].mean((1, 2, 3)) / 255
         return torch.tensor(logsumexp(means.reshape(CONTEXTS, DRAWS) * lengths[:, None], axis=1) - math.log(DRAWS))
 
     found = read(tmp_path / f"values-{__name__}.lettered.json")["results"]
     first = next(one for one in found if (one["t"], one["method"], one["draws"]) == (0.5, "mfm", DRAWS))
     expected = agreement(value(f"t0.5/mfm-{first['evaluations']:g}"), value("t0.5/sde-200"))
     assert [first["r"], first["error"]] == pytest.approx([expected["r"], expected["error"]], rel=1e-4)
-    assert "lettered must be given prompts, got none" in refused(*options)
+    (folder / "posterior.json").write_text(json.dumps(record | {"settings": {}}))
+    assert "posterior.json must have the network's n_classes for {class}" in refused(*options)
+
+
+def test_a_probe_that_was_fitted_again_is_told_from_the_one_before(posteriors, tmp_path):
+    found = []
+    for level in (0.0, 1.0, 1.0):
+        LinearProbe(torch.ones(3, 1, 1), torch.tensor(level)).save(tmp_path / "p.safetensors")
+        run("values", "--posteriors", posteriors, "--reward", f"probe={tmp_path}/p.safetensors", "--out", tmp_path)
+        found.append(read(tmp_path / "values-probe.p.safetensors.json"))
+    assert found[0]["settings"] == found[1]["settings"] and found[1]["identity"] == found[2]["identity"]
+    assert found[0]["identity"] != found[1]["identity"]
 
 
 def test_results_under_one_reward_do_not_replace_those_under_another(posteriors, tmp_path):
@@ -462,7 +483,8 @@ def test_the_reference_is_the_longest_sde_rollout(tmp_path):
         (["--draws", "all"], "--draws must be"),
         (["--scale", "inf"], "--scale must be finite, got inf"),
         (["--reward", "beauty"], "imagereward=PATH or module:function, got 'beauty'"),
-        (["--reward", "torch:square"], "a reward must return one number per sample"),
+        (["--reward", "torch:square"], "the reward torch:square must give one number for each image"),
+        (["--reward", f"{__name__}:lettered"], f"--prompt must be given, since the reward {__name__}:lettered reads"),
         (["--reward", f"{__name__}:coupled"], "must not depend on the other samples of a batch"),
         (["--batch", "0"], "the batch must be an integer >= 1, got 0"),
         (["--posteriors", "nowhere"], "nowhere/posterior.json must be a readable JSON file"),

@@ -19,14 +19,15 @@ from PIL import Image
 from torch import nn
 
 from imagenet import finetune as script
-from imagenet import finetune_measures, sample
+from imagenet import posterior, sample
 from imagenet import run as shared
 from imagenet import train as distil
 from imagenet.finetune import loss_of, open_work, states_of
-from imagenet.finetune_measures import Measures, diversity
+from imagenet.finetune_measures import Measures
 from imagenet.finetune_presets import FinetuneOptions
+from imagenet.measures import diversity
 from imagenet.npz import write_npz
-from imagenet.rewards import LatentReward
+from imagenet.rewards import LinearProbe
 from imagenet.run import SAMPLES
 from imagenet.sit import SiT
 from mfm_ref import FlowMap
@@ -35,7 +36,7 @@ from mfm_ref.files import read_weights
 from mfm_ref.gaussian import gaussian_posterior, gaussian_velocity
 from mfm_ref.paper_recipe import RowLaw, draw_rows
 from tests.helpers import LIMIT, z_scores
-from tests.imagenet_tiny import tiny_sit, tiny_vae
+from tests.imagenet_tiny import tiny_latents, tiny_sit, tiny_vae
 from tests.test_imagenet_sample import MEANS, VAR, Exact
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,14 @@ def black_box(x1):
 black_box.differentiable = False
 
 
+def deaf(x1):
+    return x1.detach().mean((1, 2, 3))
+
+
+def scalar(x1):
+    return x1.mean()
+
+
 def prompted(x1, prompts):
     return x1.mean((1, 2, 3)) + len(prompts[0])
 
@@ -124,7 +133,7 @@ def scores(gain, method, weight, earliest):
     t-statistics of 29 degrees of freedom, of which |z| > 5 has probability 3e-5.
     """
     options = {"method": method, "weight": weight, "earliest": earliest, "reward": f"{HERE}:quadratic"}
-    config = FinetuneOptions(scale=SCALE, evaluate=4, **options)
+    config = FinetuneOptions(scale=SCALE, evaluate=4, decode=200, **options)
     work, student = open_work(config, FlowMap(Exact()), ["a", "b"], None), FlowMap(Candidate(gain))
     loss, found = loss_of(work, -2.0), []
     for batch in batches():
@@ -160,7 +169,6 @@ def test_the_expected_gradient_vanishes_at_the_doob_drift_and_not_elsewhere(
 ):
     """Or where the page says: σ² clipped or held constant has another minimiser. Its choices differ at early times."""
     monkeypatch.setattr(script, "LATEST", latest)
-    monkeypatch.setattr(finetune_measures, "LatentReward", functools.partial(LatentReward, decode=200))  # for speed
     options = method, weight, earliest
     assert scores(minimiser, *options).max() < LIMIT
     for other in others:
@@ -222,13 +230,58 @@ def test_a_row_has_the_prompt_of_its_label(monkeypatch):
         return x1.sum((1, 2, 3)) * 0
 
     monkeypatch.setattr(sys.modules[__name__], "told", told, raising=False)
-    config = FinetuneOptions(reward=f"{HERE}:told", earliest=0.1, evaluate=4, template="one {class}, please")
+    config = FinetuneOptions(reward=f"{HERE}:told", earliest=0.1, evaluate=4, prompt="one {class}, please")
     work = open_work(config, FlowMap(Exact()), ["apple", "pear"], None)
+    assert [len(prompts) for prompts in seen] == [1]  # tried beforehand
+    seen.clear()
     g, y = torch.Generator().manual_seed(0), torch.tensor([1, 0, 0])
     batch = draw_rows(RowLaw("flow", "uniform", 2, drop=0.0), torch.zeros(3, 4, 1, 2), y, [g] * 3)
     found = loss_of(work, 0.0)(FlowMap(Candidate(all_of_it)), batch, None)
     assert seen == [["one pear, please", "one apple, please", "one apple, please"]]
     assert {name: pair.tolist() for name, pair in found.watched.items()} == {"reward": [0, 3], "factor": [3, 3]}
+
+
+def rewarded(names, classes, n_classes=2, prompt="a {class}"):
+    """The prompts of the two first classes."""
+    config = FinetuneOptions(reward=f"{HERE}:prompted", earliest=0.1, evaluate=4, prompt=prompt, names=str(names))
+    network = Exact()
+    network.null_class = n_classes
+    work = open_work(config, FlowMap(network), classes, None)
+    return work.measures.on_latents(work.measures.reward, torch.arange(2)).prompts
+
+
+def test_names_are_those_of_the_file_of_imagenet_or_of_the_latents(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("apple\npear\n")
+    assert rewarded(path, ["one", "two"]) == rewarded(path, None) == ["a apple", "a pear"]
+    assert rewarded("", ["one", "two"]) == ["a one", "a two"]
+    assert rewarded("", [f"n{k:08d}" for k in range(1000)], 1000)[1] == "a goldfish"
+    assert rewarded("", None, prompt="fruit") == ["fruit", "fruit"]
+    with pytest.raises(ValueError, match=r"needs the names of the classes, .*give --names FILE"):
+        rewarded("", None)
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 0 to have a name, got 1"):
+        rewarded("", ["one"])
+
+
+def test_rewards_decode_no_more_than_asked_for(tiny):
+    """In training and in evaluations."""
+    seen = []
+
+    class Decoder:
+        def decode(self, x1):
+            seen.append(len(x1))
+            return x1
+
+    config = FinetuneOptions(reward=f"{HERE}:level", earliest=0.1, evaluate=8, evaluate_batch=8, decode=3)
+    work = open_work(config, FlowMap(Exact()), None, Decoder())
+    assert seen == [1]
+    work.measures.scores(work.measures.reward, torch.zeros(8, 4, 1, 2))
+    assert seen[1:] == [3, 3, 2]
+    seen.clear()
+    g = torch.Generator().manual_seed(0)
+    batch = draw_rows(RowLaw("flow", "uniform", 2, drop=0.0), torch.zeros(4, 4, 1, 2), torch.arange(4) % 2, [g] * 4)
+    loss_of(work, 0.0)(FlowMap(Candidate(all_of_it)), batch, None)
+    assert set(seen) == {3, 1}
 
 
 def test_diversity_is_within_classes():
@@ -450,6 +503,35 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(tiny, whole, tmp_path
     assert bytes_of(tmp_path / "out") == bytes_of(whole)
 
 
+def test_a_probe_is_known_by_what_is_in_it(tiny, tmp_path):
+    """Moved it is the same, fitted again it is another one."""
+    path, other = tmp_path / "probe.safetensors", tmp_path / "elsewhere" / "moved.safetensors"
+    other.parent.mkdir()
+    options = ("--steps", "1", "--evaluate-every", "1", "--prompt", "none")
+    LinearProbe(torch.ones(4, 2, 2), torch.tensor(0.0)).save(path)
+    script.main(options_of(tiny, tmp_path / "out", *options, "--reward", f"probe={path}"))
+    shutil.move(path, other)
+    moved = options_of(tiny, tmp_path / "out", *options, "--reward", f"probe={other}")
+    script.main(moved)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["reward"] == f"probe={path}"
+    LinearProbe(torch.zeros(4, 2, 2), torch.tensor(1.0)).save(other)
+    with pytest.raises(SystemExit, match=r"belongs to another run \(reward was .*'sha256'"):
+        script.main(moved)
+
+
+def test_the_names_of_classes_belong_to_the_run(tiny, tmp_path):
+    """Not the file that has them; and only where a prompt has one."""
+    for name, names in (("a", "apple\npear"), ("b", "apple\npear\n"), ("c", "apple\nplum")):
+        (tmp_path / name).write_text(names)
+    options = ("--steps", "1", "--evaluate-every", "1", "--reward", f"{HERE}:prompted", "--names")
+    for name in ("a", "b"):
+        script.main(options_of(tiny, tmp_path / "out", *options, str(tmp_path / name)))
+    with pytest.raises(SystemExit, match=r"belongs to another run \(names was '\w+' and is '\w+'\)"):
+        script.main(options_of(tiny, tmp_path / "out", *options, str(tmp_path / "c")))
+    for name in ("a", "c"):
+        script.main(options_of(tiny, tmp_path / "blind", *options, str(tmp_path / name), "--prompt", "fruit"))
+
+
 def test_a_folder_of_another_run_is_refused(tiny, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"belongs to another run \(scale was 4.0 and is 5.0\)"):
@@ -476,7 +558,16 @@ def test_a_folder_of_another_run_is_refused(tiny, whole, tmp_path):
         (("--weights", "sit", "--guidance", "1"), "--weights must be an MFM"),
         (("--weights", "unguided"), "--guidance must be 1, or an input of the network"),
         (("--weights", "reads-x"), "--earliest must be above 0, such as 0.01, for a map that reads x"),
-        (("--reward", f"{HERE}:prompted", "--template", "a {class}"), "--template must be without {class} where"),
+        (("--reward", f"{HERE}:prompted", "--prompt", "a {class}"), "a prompt with {class} needs the names of the"),
+        (("--names", "nowhere"), "--names must be a text file that can be read, got .*nowhere"),
+        (("--decode", "0"), "--decode must be an integer >= 1, got 0"),
+        (("--reward", "redness", "--held-out", "contrast;1*redness"), "--held-out must be rewards other than --reward"),
+        (("--held-out", "contrast;contrast"), "--held-out must be rewards other than --reward, each once, got"),
+        (("--reward", "brightness"), "--vae"),
+        (("--held-out", "redness"), "--vae"),
+        (("--reward", f"{HERE}:scalar"), r"scalar must give one number for each image, \(1,\), got \(\)"),
+        (("--reward", f"{HERE}:deaf"), "--reward must have a gradient, and what it returns has none: use --method"),
+        (("--guidance", "1.5"), r"--guidance must be one of the scales that these weights know, \[1.0, 2.5\], got 1.5"),
         (("--latents", "nowhere"), "latents.json is missing"),
         (("--latents", "wide.npz"), r"must have latents \(4, 8, 8\) and labels below 2"),
         (("--latents", "many.npz"), "labels below 2, .* up to 7"),
@@ -487,7 +578,8 @@ def test_bad_input_is_refused(options, message, tiny, tmp_path):
     write_npz(tiny / "wide.npz", [x1[:, :3]], np.zeros(8, np.int64))
     write_npz(tiny / "many.npz", [x1], np.arange(8))
     line = [
-        str(tiny / a) if b in ("--weights", "--latents") else a for b, a in zip(("", *options), options, strict=False)
+        str(tiny / a) if b in ("--weights", "--latents", "--names") else a
+        for b, a in zip(("", *options), options, strict=False)
     ]
     with pytest.raises(SystemExit, match=f"^imagenet.finetune: .*{message}") as raised:
         script.main([*options_of(tiny, tmp_path / "out"), *line])
@@ -523,6 +615,45 @@ def test_the_result_is_sampled_and_distilled_into_a_flow_map(tiny, whole, tmp_pa
     assert np.mean(middle[-10:]) < 0.8 * np.mean(middle[:10])
     samples = f"--weights {tmp_path}/map/weights --method map --steps 1 --count 4 --out {tmp_path}/jumps"
     sample.main(samples.split())
+
+
+def test_the_result_is_a_drift_alone(tiny, whole, tmp_path):
+    """What needs its jumps or contexts is refused, where its drift does is not."""
+    weights = f"{whole}/weights"
+    assert json.loads((whole / "weights" / "config.json").read_text())["drift_only"] is True
+    for method, steps in (("posterior", "1"), ("posterior", "3"), ("map", "2")):
+        with pytest.raises(SystemExit, match=f"--method {method} needs jumps, .*: use --method euler"):
+            sample.main(["--weights", weights, "--out", f"{tmp_path}/x", "--method", method, "--steps", steps])
+    line = f"--weights {weights} --latents {tmp_path}/latents --out {tmp_path}/p --contexts 2 --draws 1 --times 0.5"
+    tiny_latents(tmp_path / "latents")
+    with pytest.raises(SystemExit, match=r"mfm needs a network with a context, and fine-tuned weights have none"):
+        posterior.main([*line.split(), "--methods", "mfm"])
+    rollouts = "--methods glass,sde --glass-steps 1 --sde-steps 1"
+    posterior.main([*line.split(), *rollouts.split()])
+    line = line.replace(f"--weights {weights}", f"--weights {tiny}/mfm --teacher {weights}").replace("/p ", "/q ")
+    posterior.main([*line.split(), *rollouts.split()])
+    with pytest.raises(SystemExit, match=r"--weights must be an MFM: .* and these are of a drift that was fine-tuned"):
+        script.main(options_of(tiny, tmp_path / "out", "--weights", weights))
+
+
+def test_weights_that_a_killed_process_left_are_written_again(tiny, whole, tmp_path):
+    """Between the weights and their mark, with a file half written."""
+    shutil.copytree(whole, tmp_path / "out")
+    path = tmp_path / "out" / "weights" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "drift_only"}))
+    path.with_name(".123.config.json").touch()
+    script.main(options_of(tiny, tmp_path / "out"))
+    assert bytes_of(tmp_path / "out") == bytes_of(whole)
+
+
+def test_without_a_scale_the_largest_that_the_weights_know_is_taken(tiny, whole, tmp_path):
+    """A run that named it goes on, and is the same."""
+    shutil.copytree(whole, tmp_path / "out")
+    line = options_of(tiny, tmp_path / "out")
+    at = line.index("--guidance")
+    script.main(line[:at] + line[at + 2 :])
+    assert bytes_of(tmp_path / "out") == bytes_of(whole)
 
 
 def test_blocks_are_compiled_where_that_is_asked_for(tiny, tmp_path, monkeypatch):

@@ -327,7 +327,7 @@ def test_a_run_that_stopped_goes_on_and_may_grow(tiny, tmp_path, monkeypatch):
         (("--weights", "{one}"), r"labels below 1, as the network has, got \(4, 8, 8\) and up to 1"),
         (("--teacher", "{three}"), r"--teacher must have the states and classes of --weights, \(4, 8, 8\) and 2"),
         (("--teacher", "there/is/none"), "there/is/none must be a file or folder that is there"),
-        (("--teacher", "{dmf}", "--teacher-guidance", "0"), "--guidance must be a number >= 1, got 0.0"),
+        (("--teacher", "{dmf}", "--teacher-guidance", "0.5"), "--guidance must be a number >= 1, .*, got 0.5"),
         (("--weights", "{dmf}"), "the method mfm needs a network with a context: give --methods without it"),
         (("--contexts", "25"), "--contexts must be at most 24, as many as .*latents has, got 25"),
         (("--contexts", "0"), "--contexts must be an integer >= 1, got 0"),
@@ -360,6 +360,19 @@ def test_what_is_wrong_is_said_in_one_line(tiny, tmp_path, options, message):
         script.main(arguments(tiny, tmp_path / "out", *given))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_scale_the_largest_that_the_weights_know_is_taken(tiny, tmp_path):
+    """Of the map and of the teacher."""
+    teacher = ("--teacher", str(tiny / "mfm"), "--methods", "mfm,glass", "--times", "0.5")
+    line = arguments(tiny, tmp_path, *teacher, "--teacher-guidance", "2.5", vae=False)
+    script.main(line)
+    before = contents(tmp_path)
+    at, of_teacher = line.index("--guidance"), line.index("--teacher-guidance")
+    script.main(line[:at] + line[at + 2 : of_teacher] + line[of_teacher + 2 :])
+    assert contents(tmp_path) == before
+    with pytest.raises(SystemExit, match=r"clean/settings.json belongs .*\(guidance was 2.5 and is 1.0\)"):
+        script.main([*line, "--guidance", "1"])
 
 
 def test_a_folder_of_other_settings_is_refused(tiny, whole):

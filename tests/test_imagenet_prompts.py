@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imagenet.prompts
-from imagenet.prompts import TEMPLATE, class_names, prompts_for, rows_of
+from imagenet.prompts import TEMPLATE, class_names, names_for, prompts_for, rows_of
 
 
 def test_there_is_a_name_for_each_class_in_the_order_of_labels():
@@ -37,16 +37,49 @@ def test_the_list_that_is_given_is_a_copy():
 
 
 def test_prompts_are_the_template_with_the_name():
-    assert prompts_for(TEMPLATE, [281]) == ["A high-quality, high-resolution photograph of a tabby cat."]
+    expected = ["A high-quality, high-resolution photograph of a tabby cat."]
+    assert prompts_for(TEMPLATE, [281], names_for(1000)) == expected
     assert prompts_for("{class}, {class}!", torch.tensor([1, 0]), ["a", "b"]) == ["b, b!", "a, a!"]
     assert prompts_for("a {photo} of nothing", [5, 6]) == ["a {photo} of nothing"] * 2
-    assert prompts_for(TEMPLATE, []) == []
+    assert prompts_for(TEMPLATE, [], ["a"]) == []
+
+
+def test_names_are_imagenets_or_those_of_a_file(tmp_path):
+    """ImageNet's for 1000 classes alone; those of a file go before."""
+    file = tmp_path / "names.txt"
+    assert names_for(1000) == class_names() and names_for(2) is None and names_for(999) is None
+    file.write_text("daisy\n rote Rübe \n", encoding="utf-8")
+    assert names_for(2, str(file)) == ["daisy", "rote Rübe"]
+    file.write_text("\n".join(map(str, range(1000))))
+    assert names_for(1000, str(file)) == [str(k) for k in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"a\nb\nc\n", "one name a line for each of 2 classes, got 3 names in 3 lines of "),
+        (b"a\n\n", "one name a line for each of 2 classes, got 1 names in 2 lines of "),
+        (b"\xff\n", "--names must be a text file that can be read, got "),
+        (None, "--names must be a text file that can be read, got "),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(content, match, tmp_path):
+    if content is not None:
+        (tmp_path / "names.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        names_for(2, str(tmp_path / "names.txt"))
+
+
+def test_a_prompt_with_a_class_needs_names():
+    """Those of a user's classes are not ImageNet's."""
+    with pytest.raises(ValueError, match=r"with \{class\} needs the names of the classes.* give --names FILE"):
+        prompts_for(TEMPLATE, [0], names_for(2))
 
 
 @pytest.mark.parametrize("label", [1000, -1])
 def test_a_label_without_a_name_is_refused(label):
     with pytest.raises(ValueError, match=f"labels must be from 0 to 999 to have a name, got {label}"):
-        prompts_for(TEMPLATE, torch.tensor([3, label]))
+        prompts_for(TEMPLATE, torch.tensor([3, label]), class_names())
 
 
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=5), st.integers(1, 4))

@@ -1,7 +1,9 @@
-"""PickScore, HPSv2.1 and ImageReward against their own code's outputs, and every mistake that the vectors can show.
+"""PickScore, HPSv2.1 and ImageReward against outputs of other code, and every mistake that the vectors can show.
 
-The vectors are tiny models of random weights, run by the authors' packages: in float32, so that these scores differ
-from them by rounding alone. No published file was at hand: of the full-size models, names and shapes are tested.
+The vectors are tiny models of random weights, in float32, so that these scores differ from them by rounding alone.
+Those of HPSv2 and ImageReward were run by their authors' packages. The authors of PickScore have no path with
+gradients: its vectors are the formula of its model card on torchvision's pipeline for tensors. No published file was at
+hand: of the full-size models, names and shapes are tested.
 """
 
 import functools
@@ -44,7 +46,7 @@ def arrays(kind):
 
 
 def vector(kind):
-    """What the original computed, its tensors by their published names, and its config."""
+    """What was computed for a kind, its tensors by their published names, and its config."""
     config, found = arrays(kind)
     tensors = {name[3:]: tensor for name, tensor in found.items() if name.startswith("sd/")}
     rest = {name: tensor.clone() for name, tensor in found.items() if not name.startswith("sd/")}
@@ -58,7 +60,7 @@ def tiny(kind, **options):
 
 
 def check(kind, reward):
-    """Score and gradient are the original's."""
+    """Score and gradient are those of the vectors."""
     found = vector(kind)
     pixels = found.pixels.requires_grad_()
     score = reward.score_ids(pixels, found.input_ids, found.attention_mask)
@@ -72,12 +74,12 @@ def check(kind, reward):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_and_gradients_are_the_originals(kind):
+def test_scores_and_gradients_are_those_of_the_vectors(kind):
     check(kind, tiny(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_preprocessing_is_the_originals_to_the_bit(kind):
+def test_preprocessing_is_that_of_the_vectors_to_the_bit(kind):
     found = vector(kind)
     assert torch.equal(PREPROCESS[kind](found.pixels, 32), found.pixel_values)
 
@@ -93,7 +95,7 @@ def test_the_official_8_bit_images_are_near(kind):
 
 
 @pytest.mark.parametrize("kind", CLIPS)
-def test_embeddings_are_the_originals(kind):
+def test_embeddings_are_those_of_the_vectors(kind):
     found, reward = vector(kind), tiny(kind)
     torch.testing.assert_close(reward.image_embeds(found.pixels), found.image_embeds, rtol=0, atol=STAGE)
     torch.testing.assert_close(reward.text_embeds(found.input_ids), found.text_embeds, rtol=0, atol=STAGE)
@@ -664,6 +666,14 @@ def test_the_three_files_lie_in_one_folder(tmp_path, monkeypatch):
     scores = [load(kind, folder).score(x, "a cat") for kind in ("pickscore", "hpsv2", "imagereward")]
     expected = scores[0] + 2 * scores[1] - 0.5 * scores[2] + load_reward("brightness")(x)
     assert reward.differentiable and reward.reads_prompts
+    digests = [term["sha256"] for term in reward.identity]
+    assert len(set(digests)) == 4 and digests[3] is None and all(len(digest) == 64 for digest in digests[:3])
+    assert load_reward(spec).identity == reward.identity
+    tensors = vector("imagereward").tensors
+    tensors["mlp.layers.7.bias"] = tensors["mlp.layers.7.bias"] + 1
+    write("imagereward", folder, tensors=tensors)
+    changed = [a == b for a, b in zip(load_reward(spec).identity, reward.identity, strict=True)]
+    assert changed == [True, True, False, True]
     torch.testing.assert_close(reward(x, "a cat"), expected)
     with pytest.raises(ValueError, match="pickscore, hpsv2, imagereward must be given prompts, got none"):
         reward(x)

@@ -1,5 +1,6 @@
 """Rewards that need no weights, sums by specs, a linear probe, and rewards of latents with checkpointed gradients."""
 
+import json
 import math
 
 import numpy as np
@@ -39,9 +40,44 @@ def letters(images, prompts):
     return images.mean((1, 2, 3)) * torch.tensor([float(len(prompt)) for prompt in prompts], dtype=images.dtype)
 
 
+def worded(x, text, /):
+    """As `letters`, with names of its own."""
+    return letters(x, text)
+
+
+def scaled(images, gain=1.0, prompts=None):
+    """As `letters`; prompts are the third argument."""
+    return gain * letters(images, prompts)
+
+
+def keyed(images, *, prompts):
+    """As `letters`; prompts are a keyword."""
+    return letters(images, prompts)
+
+
 def half(images):
     """A reward of images alone."""
     return images[:, 0].mean((1, 2)) / 2
+
+
+def gained(images, gain=2.0):
+    """A reward of images alone, whose second argument is an option."""
+    return gain * half(images)
+
+
+def mean_of_all(images):
+    """One number for all images."""
+    return images.mean()
+
+
+def total(x1, prompts=None):
+    """One number for all latents."""
+    return x1.sum()
+
+
+def number(images):
+    """No tensor."""
+    return 3.0
 
 
 # ---- of pixels -------------------------------------------------------------------------------------------
@@ -71,6 +107,8 @@ def test_what_is_no_image_is_refused(name):
     for wrong in (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 3), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) of real numbers"):
             load_reward(name)(wrong)
+    with pytest.raises(ValueError, match=r"got .* \(2, 4, 8, 8\): these may be latents, which --vae decodes"):
+        LatentReward(None, load_reward(name))(torch.zeros(2, 4, 8, 8))
 
 
 def test_the_compressed_size_is_that_of_a_jpeg_file(tmp_path):
@@ -113,6 +151,8 @@ def test_a_probe_is_kept_and_read_by_a_spec(tmp_path):
     for wrong in (x[:, :2], x[0], x[..., :1]):
         with pytest.raises(ValueError, match=r"must be given \(B, 3, H, W\) of at least 2 × 2, got"):
             reward(wrong)
+    with pytest.raises(ValueError, match="these may be latents, which --vae decodes"):
+        reward(uniform(2, 4, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -159,9 +199,54 @@ def test_any_function_is_a_reward():
     assert torch.equal(reward(x, "abc"), letters(x, ["abc"] * 4))
     assert torch.equal(reward(x, ["a", "bcd"]), letters(x, ["a", "bcd"] * 2))
     assert torch.equal(load_reward("brightness")(x, "abc"), brightness(x))
-    assert torch.equal(load_reward("torch:square")(x), x.square())  # what it returns, its caller checks
+    for name in ("worded", "scaled", "keyed"):
+        assert torch.equal(load_reward(f"{__name__}:{name}")(x, ["a", "bcd"]), letters(x, ["a", "bcd"] * 2))
+    assert not load_reward(f"{__name__}:gained").reads_prompts
+    assert torch.equal(load_reward(f"{__name__}:gained")(x), 2 * half(x))
     with pytest.raises(ValueError, match="letters must be given prompts, got none"):
         reward(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        (f"{__name__}:mean_of_all", r"\(\)"),
+        (f"{__name__}:number", "float"),
+        ("torch:square", r"\({}, 3, 4, 4\)"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["{}", "brightness,2*{}"])
+def test_a_reward_that_gives_no_number_for_each_image_is_named(spec, name, got):
+    """By its own name in a sum; where it gives one for all images, it does so for one image, too."""
+    for n in (1, 4):
+        match = f"the reward {name} must give one number for each image, \\({n},\\), got {got.format(n)}"
+        with pytest.raises(ValueError, match=match):
+            LatentReward(None, load_reward(spec.format(name)), decode=n)(uniform(4, 3, 4, 4))
+
+
+def test_a_function_that_gives_one_number_for_all_latents_is_named():
+    with pytest.raises(ValueError, match=r"the reward total must give one number for each image, \(4,\), got \(\)"):
+        LatentReward(None, total)(uniform(4, 2, 3, 3))
+
+
+def test_the_identity_of_a_reward_is_of_its_weights_and_not_of_their_file(tmp_path):
+    """Of a probe that was fitted again it is another; of one that was moved or read on, the same."""
+
+    def identity(path, spec="-2*redness,0.5*probe={}"):
+        return json.loads(json.dumps(load_reward(spec.format(path)).identity))
+
+    (tmp_path / "b").mkdir()
+    x, path = uniform(20, 3, 8, 8), tmp_path / "probe.safetensors"
+    LinearProbe.fit(x, brightness(x)).save(path)
+    first = identity(path)
+    assert first[0] == {"weight": -2.0, "name": "redness", "sha256": None}
+    assert (first[1]["weight"], first[1]["name"], len(first[1]["sha256"])) == (0.5, "probe", 64)
+    assert identity(path.rename(tmp_path / "b" / "other.safetensors")) == first
+    assert identity(tmp_path / "b" / "other.safetensors", "-2*redness,probe={}") != first
+    LinearProbe.fit(x, contrast(x)).save(path)
+    again = identity(path)
+    assert again[0] == first[0] and again[1]["sha256"] != first[1]["sha256"]
+    assert load_reward(f"{__name__}:half").identity == [{"weight": 1.0, "name": f"{__name__}:half", "sha256": None}]
 
 
 @pytest.mark.parametrize(

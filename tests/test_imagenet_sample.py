@@ -228,6 +228,27 @@ def test_guidance_is_an_input_where_there_is_one(tiny, tmp_path):
         assert np.abs(found[w] - blank.numpy()).max() > 1e-3  # the context of the map at t = 0 is its noise
 
 
+def without_guidance(options):
+    at = options.index("--guidance")
+    return options[:at] + options[at + 2 :]
+
+
+def test_without_a_scale_the_largest_that_the_weights_know_is_taken(tiny, whole, tmp_path, capsys):
+    """It is in the settings, so that a folder for which it was named goes on; the first row of the table is another."""
+    before = {path: path.read_bytes() for path in whole.iterdir()}
+    script.main(without_guidance(options_of(tiny, whole)))
+    assert {path: path.read_bytes() for path in whole.iterdir()} == before
+    with pytest.raises(SystemExit, match=r"\(guidance was 2.5 and is 1.0\)"):
+        script.main(options_of(tiny, whole, "--guidance", "1"))
+    for kind in ("sit", "dmf"):  # they know none
+        line = ["--weights", str(tiny / kind), "--count", "2", "--method", "euler", "--steps", "1"]
+        line += ["--out", str(tmp_path / kind)]
+        script.main([*line, "--guidance", "1"])
+        script.main(line)
+        record = json.loads((tmp_path / kind / "settings.json").read_text())
+        assert record["settings"]["guidance"] == 1.0 and record["guidance"] == {"by": "nothing"}
+
+
 # ---- labels ----------------------------------------------------------------------------------------------
 
 
@@ -567,8 +588,9 @@ def test_shards_of_other_settings_are_refused(tiny, tmp_path, monkeypatch):
         (("--seed", "-1"), "--seed must be an integer >= 0, got -1"),
         (("--device", "cuda:99"), "--device must be one that this torch computes on, got 'cuda:99': there are "),
         (("--device", "abacus"), "--device must be one that this torch computes on, got 'abacus': "),
-        (("--guidance", "0.5"), "--guidance must be a number >= 1, got 0.5"),
-        (("--guidance", "nan"), "--guidance must be a number >= 1, got nan"),
+        (("--guidance", "0.5"), "--guidance must be a number >= 1, or 0 for the weights' own, got 0.5"),
+        (("--guidance", "nan"), "--guidance must be a number >= 1, or 0 for the weights' own, got nan"),
+        (("--guidance", "-1"), "--guidance must be a number >= 1, or 0 for the weights' own, got -1"),
         (("--guidance", "4"), r"--guidance must be one of the scales that these weights know, \[1.0, 2.5\], got 4.0"),
         (("--guided-channels", "5"), "--guided-channels must be at least 0 and at most 4, got 5"),
         (("--guided-channels", "3", "--guidance", "2.5"), "--guided-channels must be left out where there is no class"),

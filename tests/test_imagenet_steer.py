@@ -19,6 +19,7 @@ from imagenet import run as shared
 from imagenet import steer as script
 from imagenet.npz import first_rows, write_npz
 from imagenet.prompts import class_names
+from imagenet.rewards import LinearProbe
 from imagenet.run import SAMPLES
 from imagenet.steer import PRESETS, SteerOptions
 from imagenet.vae import VAE, to_uint8
@@ -77,7 +78,7 @@ black_box.differentiable = False
 def of_prompts(x, prompts):
     """Up for one class, down for the others; it is called with one prompt at a time, and notes which."""
     seen.append(list(prompts))
-    signs = torch.tensor([1.0 if prompt == f"a {class_names()[0]}" else -1.0 for prompt in prompts])
+    signs = torch.tensor([1.0 if prompt == "a first" else -1.0 for prompt in prompts])
     return signs.to(x) * pull(x)
 
 
@@ -107,6 +108,7 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     FlowMap(tiny_sit("mfm", n_classes=3, reads_tx=True)).save_pretrained(root / "mfm")
     FlowMap(tiny_sit("mfm", n_classes=3)).save_pretrained(root / "reads-x")
+    FlowMap(tiny_sit("mfm", n_classes=3, reads_tx=True, guidance=())).save_pretrained(root / "unguided")
     FlowMap(tiny_sit("sit", n_classes=3)).save_pretrained(root / "sit")
     tiny_vae(root / "vae")
     return root
@@ -121,6 +123,12 @@ def options_of(tiny, out, *options, weights="mfm"):
 def noise(i, seed=0):
     source = torch.Generator().manual_seed(stream_seed(seed, i, SAMPLES))
     return torch.randn(Exact.shape, generator=source)
+
+
+def reward_values(folder, name):
+    """Of rewards.json, the newest."""
+    entries = json.loads((folder / "rewards.json").read_text())["rewards"]
+    return [entry["values"] for entry in entries if entry["name"] == name][-1]
 
 
 def latents(folder, n=10_000):
@@ -179,15 +187,15 @@ def test_the_reward_rises_with_the_draws(exact):
     """Of what selects, always; of MFM-GF, as one draw says nothing; the samples start from the same noises."""
     options = ("--draws", "1,4,16", "--steps", 6, "--count", 60, "--batch", 60, "--scale", 2, "--guide-from", 0)
     rows, out = exact(ReadsTx(), "--methods", "base,mfm-gf,search,best-of-n,dps", *options)
-    mean = {name: row["rewards"][f"{MODULE}.pull"][0] for name, row in rows.items()}
+    mean = {name: row["rewards"][f"{MODULE}:pull"][0] for name, row in rows.items()}
     for method in ("mfm-gf", "search", "best-of-n", "dps"):
         assert mean[f"{method}-1"] < mean[f"{method}-4"] < mean[f"{method}-16"]
     for same in ("mfm-gf-1", "best-of-n-1"):
         assert torch.allclose(latents(out / same), latents(out / "base"), atol=1e-5)
     for name, row in rows.items():
         values = pull(latents(out / name)).double()
-        assert row["rewards"][f"{MODULE}.pull"] == pytest.approx([float(values.mean()), float(values.std() / 60**0.5)])
-        assert json.loads((out / name / "rewards.json").read_text())[f"{MODULE}.pull"] == pytest.approx(values.tolist())
+        assert row["rewards"][f"{MODULE}:pull"] == pytest.approx([float(values.mean()), float(values.std() / 60**0.5)])
+        assert reward_values(out / name, f"{MODULE}:pull") == pytest.approx(values.tolist())
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------
@@ -294,33 +302,67 @@ def test_two_processes_make_the_same_files(tiny, tmp_path):
 
 
 def test_what_is_finished_is_kept_and_rewards_are_added(tiny, whole, monkeypatch):
-    """Another reward of finished samples: none is made again, nor is a known reward evaluated."""
-    known = (whole / "base" / "rewards.json").read_text()
+    """Another reward of finished samples: none is made again, nor is a known reward evaluated but for being tried."""
+    known, one = json.loads((whole / "base" / "rewards.json").read_text())["rewards"], pull
     monkeypatch.setattr(script, "draw", None)
-    monkeypatch.setattr(sys.modules[__name__], "pull", fails)
+    monkeypatch.setattr(sys.modules[__name__], "pull", lambda x: one(x) if len(x) == 1 else fails(x))
     script.main(options_of(tiny, whole, "--methods", EVERY, "--held-out", f"{MODULE}:spread"))
     rows = json.loads((whole / "steer.json").read_text())["rows"]
     for row in rows:
         values = spread(latents(whole / row["folder"]))
-        assert row["rewards"][f"{MODULE}.spread"][0] == pytest.approx(float(values.mean()), rel=1e-5)
-    assert json.loads((whole / "base" / "rewards.json").read_text()).items() >= json.loads(known).items()
+        assert row["rewards"][f"{MODULE}:spread"][0] == pytest.approx(float(values.mean()), rel=1e-5)
+    kept = json.loads((whole / "base" / "rewards.json").read_text())["rewards"]
+    assert kept[:1] == known and [entry["name"] for entry in kept] == [f"{MODULE}:pull", f"{MODULE}:spread"]
 
 
 def spread(x):
     return x.flatten(1).std(1)
 
 
+def probe_of(path, level):
+    path.parent.mkdir(exist_ok=True)
+    LinearProbe(torch.full((4, 2, 2), level), torch.tensor(0.0)).save(path)
+
+
+def test_a_probe_that_was_fitted_again_is_another_reward(tiny, tmp_path):
+    """By its file's content, not its name: steered samples are refused, rewards of the base are evaluated again; a file
+    that has only moved is the same, and two of one name are two."""
+    probe, moved, out = tmp_path / "a" / "p.safetensors", tmp_path / "b" / "p.safetensors", tmp_path / "out"
+    (tmp_path / "b").mkdir()
+
+    def steered(path, *options):
+        script.main(options_of(tiny, out, "--reward", f"probe={path}", *options))
+        rows = json.loads((out / "steer.json").read_text())["rows"]
+        return {row["folder"]: row["rewards"] for row in rows}
+
+    probe_of(probe, 1.0)
+    first = steered(probe, "--methods", "base,mfm-gf")
+    assert list(first["base"]) == ["probe=p.safetensors"]
+    probe.rename(moved)
+    assert steered(moved, "--methods", "base,mfm-gf") == first
+    probe_of(probe, -2.0)
+    with pytest.raises(SystemExit, match=r"belongs to a run with other settings .reward was .*sha256"):
+        steered(probe, "--methods", "mfm-gf")
+    mean = first["base"]["probe=p.safetensors"][0]
+    assert steered(probe, "--methods", "base")["base"]["probe=p.safetensors"][0] == pytest.approx(-2 * mean)
+    again = steered(probe, "--methods", "base", "--held-out", f"probe={moved}")["base"]
+    assert list(again) == [f"probe={probe}", f"probe={moved}"]
+    assert again[f"probe={moved}"] == first["base"]["probe=p.safetensors"]
+    assert again[f"probe={probe}"] == pytest.approx([-2 * again[f"probe={moved}"][0], 2 * again[f"probe={moved}"][1]])
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------
 
 
-def test_each_sample_is_steered_by_its_own_prompt(exact, monkeypatch):
+def test_each_sample_is_steered_by_its_own_prompt(exact, monkeypatch, tmp_path):
     """Classes in turn: the reward is of the class of a sample, and a batch has as many calls as prompts."""
     monkeypatch.setattr(sys.modules[__name__], "seen", [])
+    (tmp_path / "names").write_text("first\nsecond\n")
     options = ("--reward", f"{MODULE}:of_prompts", "--prompt", "a {class}", "--count", 6, "--batch", 4, "--steps", 4)
+    options = (*options, "--names", tmp_path / "names")
     rows, out = exact(ReadsTx(), "--methods", "mfm-g,best-of-n", "--draws", 4, *options, "--scale", 2)
     calls = {tuple(dict.fromkeys(call)) for call in seen}
-    names = {f"a {name}" for name in class_names()[:2]}
-    assert {name for call in calls for name in call} == names
+    assert {name for call in calls for name in call} == {"a first", "a second"}
     steering = [call for call in seen if len(call) % 4 == 0]
     assert all(len(set(call)) == 1 for call in steering[:20])
     y, x = labelled(out / "mfm-g-4")
@@ -332,9 +374,27 @@ def test_each_sample_is_steered_by_its_own_prompt(exact, monkeypatch):
             path = path + gaussian_velocity(t, t, path, MEANS[y[i]] + sign * 2 * VAR * GRADIENT, VAR) / 4
         assert torch.allclose(x[i], path, atol=2e-4, rtol=0)
     signs = torch.where(y == 0, 1.0, -1.0)
-    values = json.loads((out / "mfm-g-4" / "rewards.json").read_text())[f"{MODULE}.of_prompts"]
+    values = reward_values(out / "mfm-g-4", f"{MODULE}:of_prompts")
     assert values == pytest.approx((signs * pull(x)).tolist(), rel=1e-5)
     assert rows["mfm-g-4"]["evaluations"] == rows["mfm-g-4"]["formula"]
+
+
+def test_classes_that_are_not_imagenets_need_their_names(tiny, tmp_path, monkeypatch):
+    """Without names nothing is sampled; a prompt without {class} needs none; another prompt leaves the base alone."""
+    monkeypatch.setattr(sys.modules[__name__], "seen", [])
+    reward = ("--reward", f"{MODULE}:of_prompts", "--methods", "base,mfm-gf")
+    with pytest.raises(SystemExit, match=r"needs the names of the classes.*--names"):
+        script.main(options_of(tiny, tmp_path / "out", *reward))
+    assert not seen and not list(tmp_path.glob("out/*"))
+    script.main(options_of(tiny, tmp_path / "out", *reward, "--prompt", "a first"))
+    assert {prompt for call in seen for prompt in call} == {"a first"}
+    (up,) = {tuple(reward_values(tmp_path / "out" / "base", f"{MODULE}:of_prompts"))}
+    with pytest.raises(SystemExit, match="prompt was 'a first' and is 'a second'"):
+        script.main(options_of(tiny, tmp_path / "out", *reward, "--prompt", "a second"))
+    script.main(options_of(tiny, tmp_path / "out", *reward[:2], "--methods", "base", "--prompt", "a second"))
+    assert reward_values(tmp_path / "out" / "base", f"{MODULE}:of_prompts") == [-value for value in up]
+    settings = json.loads((tmp_path / "out" / "base" / "settings.json").read_text())["settings"]
+    assert not {"reward", "scale", "prompt", "names"} & set(settings)
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -358,7 +418,7 @@ def test_images_latents_rewards_tables_and_pictures(tiny, tmp_path, capsys):
         assert np.abs(to_uint8(images).astype(int) - kept).max() <= 1
         luma = torch.einsum("bchw,c->b", images, torch.tensor([0.2126, 0.7152, 0.0722])) / images[0, 0].numel()
         assert row["rewards"]["brightness"][0] == pytest.approx(float(luma.mean()), rel=1e-4)
-        assert list(row["rewards"]) == ["brightness", "compressed-size", "0.5.redness"]
+        assert list(row["rewards"]) == ["brightness", "compressed-size", "0.5*redness"]
         pairs = [(x[i] - x[j]).norm() for i in range(5) for j in range(i)]
         assert row["diversity"] == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-4)
     printed, text = capsys.readouterr().out, (tmp_path / "steer.md").read_text()
@@ -367,6 +427,31 @@ def test_images_latents_rewards_tables_and_pictures(tiny, tmp_path, capsys):
         with Image.open(tmp_path / name) as page:
             assert min(page.size) > 100
     assert not (tmp_path / "base.png").exists()
+
+
+@pytest.mark.parametrize("method", ["mfm-g", "mfm-gf"])
+def test_no_more_images_are_decoded_together_than_asked(tiny, tmp_path, monkeypatch, method):
+    """And no more draws share a graph than fit --memory, which those in more steps fill sooner."""
+    together, budgets, decode, measure = [], [], VAE.decode, script.rows_within
+    monkeypatch.setattr(VAE, "decode", lambda vae, z: together.append((len(z), z.requires_grad)) or decode(vae, z))
+    monkeypatch.setattr(script, "rows_within", lambda *a, **b: budgets.append(measure(*a, **b)) or budgets[-1])
+    options = (
+        "--vae",
+        str(tiny / "vae"),
+        "--reward",
+        "brightness",
+        "--methods",
+        method,
+        "--draws",
+        "4",
+        "--count",
+        "2",
+    )
+    for folder, *more in (("a", "--decode", "3"), ("b", "--decode", "2", "--posterior-steps", "4")):
+        script.main(options_of(tiny, tmp_path / folder, *options, *more))
+        assert max(n for n, _ in together) == int(more[1]) and any(grad for _, grad in together) == (method == "mfm-g")
+        together.clear()
+    assert budgets[1] < 0.35 * budgets[0]
 
 
 def test_pictures_have_the_base_the_fewest_and_the_most(tmp_path, monkeypatch):
@@ -378,9 +463,14 @@ def test_pictures_have_the_base_the_fewest_and_the_most(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "draw_lines", noted)
     monkeypatch.setattr(script, "first_rows", lambda path, n: np.full((n, 2, 2, 3), len(path.parent.name)))
     config = SteerOptions(out=tmp_path, count=10, methods="base,search,mfm-g", draws="4,32,1")
-    script.draw_pictures(config, script.folders_of(config))
+    rows = [
+        {"method": what.method, "n": what.n, "folder": what.folder, "rewards": {"r": [what.n / 8, None]}}
+        for what in script.folders_of(config)
+    ]
+    script.draw_pictures(config, rows, "r")
     (search,), name = drawn[0]
-    assert name == "search.png" and list(search) == ["base", "N = 1", "N = 32"]
+    means = {"base": 0.125, "N = 1": 0.125, "N = 32": 4}
+    assert name == "search.png" and list(search) == [f"{head}\nmean reward {mean}" for head, mean in means.items()]
     assert [int(panel.flat[0]) for panel in search.values()] == [len("base"), len("search-1"), len("search-32")]
     assert all(panel.shape == (3, 3, 2, 2, 3) for panel in search.values())
     assert drawn[1][1] == "mfm-g.png"
@@ -405,7 +495,7 @@ def test_a_preset_has_the_papers_settings_and_typed_options_win():
     assert config.labels == "281" and config.prompt.endswith("photograph of a tabby cat.")
     assert config.prompt == f"A high-quality, high-resolution photograph of a {class_names()[281]}."
     assert (config.steps, config.count, config.guidance, config.rescale) == (250, 128, 2.5, True)
-    assert config.draws == "1,2,4,8,16,32"
+    assert (config.draws, config.reward, config.scale) == ("1,2,4,8,16,32", "", 0)
     config = parsed("--steps", "10", "--preset", "tabby", "--no-rescale", "--draws", "3", "--labels", "7")
     assert (config.steps, config.rescale, config.draws, config.labels, config.count) == (10, False, "3", "7", 128)
     assert parsed() == SteerOptions()
@@ -431,7 +521,10 @@ def test_a_search_of_the_largest_n_has_the_released_particles():
         (("--search-draws", "0"), "--search-draws must be an integer >= 1, got 0"),
         (("--search-steps", "-1"), "--search-steps must be an integer >= 0, got -1"),
         (("--count", "0"), "--count must be an integer >= 1, got 0"),
-        (("--scale", "inf"), "--scale must be finite, got inf"),
+        (("--scale", "inf"), "--scale must be finite and not 0, which steers by nothing, got inf"),
+        (("--scale", "0"), "--scale must be finite and not 0, which steers by nothing, got 0.0"),
+        (("--reward", ""), "--reward must be given, such as pickscore=FOLDER"),
+        (("--decode", "0"), "--decode must be an integer >= 1, got 0"),
         (("--guide-from", "1"), r"--guide-from must lie in \[0, 1\), got 1.0"),
         (("--memory", "0"), "--memory must be positive, got 0.0"),
         (("--reward", "beauty"), "the reward must be brightness, .*, got 'beauty'"),
@@ -439,6 +532,12 @@ def test_a_search_of_the_largest_n_has_the_released_particles():
         (("--reward", f"{MODULE}:black_box", "--methods", "base,dps"), "--methods dps needs a differentiable reward"),
         (("--labels", "3"), "--labels must be balanced, random or a class from 0 to 2, got '3'"),
         (("--reward", f"{MODULE}:fails"), "a reward must take clean data .*RuntimeError: the scorer is gone"),
+        (("--methods", "base,mfm-gf", "--held-out", f"{MODULE}:fails"), f"the reward {MODULE}:fails: .*scorer is gone"),
+        (
+            ("--methods", "base,mfm-g", "--reward", f"{MODULE}:graphless"),
+            "needs a differentiable reward, and .*graphless",
+        ),
+        (("--methods", "base,mfm-gf", "--reward", "brightness"), "the reward brightness: .*--vae"),
         (("--guidance", "3"), "--guidance must be one of the scales"),
     ],
 )
@@ -452,21 +551,30 @@ def fails(x):
     raise RuntimeError("the scorer is gone")
 
 
+def graphless(x):
+    return pull(x.detach())
+
+
 @pytest.mark.parametrize(
     ("weights", "methods", "match"),
     [
         ("reads-x", "mfm-gf,mfm-c", "--guide-from must be above 0 for --methods mfm-c and a network that reads x"),
         ("sit", "base,search", "--methods search needs a network with a context, got one without"),
+        ("unguided", "base,mfm-gf", "--guidance must be 1, or an input .* --methods mfm-gf: classifier-free"),
     ],
 )
 def test_networks_that_cannot_serve_are_refused(tiny, tmp_path, weights, methods, match):
     with pytest.raises(SystemExit, match=match):
-        script.main(options_of(tiny, tmp_path, "--methods", methods, weights=weights))
+        guidance = ("--guidance", "2") if weights == "unguided" else ()
+        script.main(options_of(tiny, tmp_path, "--methods", methods, *guidance, weights=weights))
+    assert not list(tmp_path.glob("*"))
 
 
 def test_networks_serve_the_methods_that_they_can(tiny, tmp_path):
     """A drift alone, for Best-of-N; a map that reads x, from a later time on; a black box, without its gradient."""
     script.main(options_of(tiny, tmp_path / "sit", "--methods", "base,best-of-n", weights="sit"))
+    free = ("--methods", "base,best-of-n", "--guidance", "2")
+    script.main(options_of(tiny, tmp_path / "free", *free, weights="unguided"))
     script.main(options_of(tiny, tmp_path / "x", "--methods", "mfm-g", "--guide-from", "0.01", weights="reads-x"))
     box = ("--reward", f"{MODULE}:black_box")
     script.main(options_of(tiny, tmp_path / "box", "--methods", "mfm-gf,search,best-of-n", *box))

@@ -25,9 +25,10 @@ from imagenet.latents import Latents
 from imagenet.presets import PRESETS, TrainOptions
 from imagenet.proxy import add_line, features
 from imagenet.sit import build
-from imagenet.stages import law_of, student_of, teacher_of
+from imagenet.stages import law_of, student_of, teacher_of, weights_of
 from imagenet.vae import VAE
 from mfm_ref import FlowMap
+from mfm_ref.objectives import adaptive_weight
 from mfm_ref.options import parse
 from mfm_ref.paper_recipe import STAGES, Equivalents, draw_rows, forward_equivalents, paper_loss
 from tests.imagenet_tiny import CLASSES, tiny_latents, tiny_sit, tiny_vae
@@ -69,7 +70,8 @@ def weights(folder):
     return torch.cat([a.flatten() for a in load(folder / "weights").state_dict().values()])
 
 
-MFM = "--stage mfm --init {home}/dmf --teacher {home}/dmf --guidance 2.5 --reads-tx --steps 6 --checkpoint-every 2"
+TEACHER = "--teacher {home}/dmf --teacher-scale 2.5"
+MFM = f"--stage mfm --init {{home}}/dmf {TEACHER} --guidance 2.5 --reads-tx --steps 6 --checkpoint-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,9 @@ def test_the_ladder_from_nothing_to_a_meta_flow_map(home):
     guided = "--guidance 2.5 --steps 3 --sample-every 3"
     run(home, "map", f"--stage map --init {{home}}/flow/weights {guided} --guided-from 0.3 --times logit-normal")
     last = run(
-        home, "mfm", f"--stage mfm --init {{home}}/map/weights --teacher {{home}}/map/weights {guided} --reads-tx"
+        home,
+        "mfm",
+        "--stage mfm --init {home}/map/weights --teacher {home}/map/weights --teacher-scale 2.5 --reads-tx " + guided,
     )
     run(home, "mfm-data", f"--stage mfm --init {{home}}/flow/weights {guided} --precision bfloat16 --checkpointing")
     names = {"diagonal", "consistency", "loss", "gradient_norm", "lr", "step"}
@@ -194,6 +198,7 @@ def test_published_files_can_be_begun_with(home):
         ("--stage mfm --init {home}/mfm-x --guidance 2.5 --reads-tx", "--reads-tx is for new maps"),
         ("--stage mfm --init {home}/mfm-x --guidance 3", r"know, \[1.0, 2.5\], got 3.0"),
         ("--stage mfm --init {home}/nothing", "must be a file or folder that is there"),
+        ("--stage mfm --init {home}/dmf --teacher {home}/dmf --guidance 2.5", "--teacher-scale must say what guidance"),
         (
             "--stage mfm --init {home}/dmf --teacher {home}/mfm-x --guidance 3",
             r"--teacher knows, \[1.0, 2.5\], got 3.0",
@@ -219,9 +224,10 @@ def test_weights_of_other_latents_or_classes_are_refused(home):
 @pytest.mark.parametrize(
     ("line", "scale", "passes"),
     [
-        ("--teacher {home}/dmf --guidance 2.5", 2.5, 1),
-        ("--teacher {home}/dmf --guidance 2.5 --guidance-rate 0.1", 2.5, 2),
-        ("--teacher {home}/dmf --guidance 1", 2.5, 2),
+        ("--teacher {home}/dmf --teacher-scale 2.5 --guidance 2.5", 2.5, 1),
+        ("--teacher {home}/dmf --teacher-scale 2.5 --guidance 2.5 --guidance-rate 0.1", 2.5, 2),
+        ("--teacher {home}/dmf --teacher-scale 2.5 --guidance 1", 2.5, 2),
+        ("--teacher {home}/dmf.pt --teacher-kind dmf --num-heads 4 --encoder-depth 3 --guidance 2.5", 2.5, 1),
         ("--teacher {home}/dmf --guidance 1 --teacher-scale 1", 1.0, 1),
         ("--teacher {home}/sit --guidance 1 --guidance-rate 0.5", 1.0, 1),
         ("--teacher {home}/sit --guidance 2.5", 1.0, 2),
@@ -248,6 +254,12 @@ def test_a_teacher_makes_one_pass_where_that_is_enough(home, line, scale, passes
         ("--stage map --guidance 0.5", "guidance must be finite and at least 1, got 0.5"),
         ("--stage map --drop 2", "drop and plain_rate must lie in"),
         ("--stage map --samples 1", "--samples must be an integer >= 2"),
+        ("--stage map --guidance 2 --guided-from 0.3 --drop 0", "--drop must be above 0 with --guidance from data"),
+        ("--stage map --guided-from 0.3", "--guided-from is where --guidance begins, which must be above 1"),
+        ("--stage map --guidance 2 --guidance-rate 0.5", "--guidance-rate must be 0 for a network that does not read"),
+        ("--stage map --reads-tx", "--reads-tx is for --stage mfm"),
+        ("--preset s2-map", "--init must name the weights that --preset s2-map begins with"),
+        ("--stage map --tflops -5", "--tflops must be positive, or 0"),
         ("--stage map --micro 3", "the global batch must be a multiple of micro"),
         ("--stage map --lr -1", "lr must be positive"),
         ("--stage map --latents {home}/none", "latents.json is missing"),
@@ -340,7 +352,8 @@ def test_two_processes_have_the_same_losses_on_either_engine(home, whole):
     [
         ("--guidance 1", r"guidance was 2.5 and is 1.0"),
         ("--drop 0.1", "drop was 0.2 and is 0.1"),
-        ("--teacher {home}/sit", "teacher was .*'scale': 2.5.* and is .*'scale': 1.0"),
+        ("--teacher {home}/sit", "teacher was .*'encoder_depth': 3.* and is .*'encoder_depth': None"),
+        ("--teacher-scale 2", "teacher was .*'scale': 2.5.* and is .*'scale': 2.0"),
         ("--init {home}/sit", "begins_with was"),
         ("--latents {home}/others", "latents was"),
         ("--steps 7", "steps was 6 and is 7"),
@@ -445,6 +458,18 @@ def test_lines_of_a_run_that_was_killed_are_removed(tmp_path):
 # ---- presets and costs -----------------------------------------------------------------------------------
 
 
+def test_the_terms_of_a_map_from_data_count_alike():
+    """As in DMF, whose loss log(m + 0.01) of mean squares m has the gradient 1/(m + 0.01) in both terms."""
+    config, numbers = TrainOptions(stage="map"), 256
+    weights = weights_of(config, numbers)
+    m = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    (m + 0.01).log().sum().backward()
+    for p in (weights["p"], weights["p_consistency"]):
+        assert torch.allclose(numbers * adaptive_weight(numbers * m.detach(), p=p, c=weights["c"]), m.grad)
+    assert weights_of(dataclasses.replace(config, teacher="x"), numbers)["p"] == 0.5
+    assert weights_of(dataclasses.replace(config, stage="flow"), numbers) == {"p": 0.0}
+
+
 def test_presets_are_the_papers_settings():
     """What the paper's table of settings says, row by row."""
     names = ("batch", "steps", "optimizer", "lr", "beta1", "beta2", "decay", "drop", "warmup", "clip", "guidance")
@@ -487,7 +512,8 @@ def test_a_dry_run_says_what_a_run_would_cost(home, tmp_path, monkeypatch, capsy
     assert "8 of the student, 2 of the teacher" in text and "8 × h100 at 395.6 TFLOP/s" in text
     assert dry(capsys, "--preset b2-flow --tflops 100")[0]["parameters"] == "130.5 M"
     assert dry(capsys, "--preset xl2-map")[0]["parameters"] == "675.1 M"
-    line = f"--stage mfm --init {home}/dmf --teacher {home}/dmf --guidance 2.5 --latents {home}/latents --batch 8"
+    taught = TEACHER.format(home=home)
+    line = f"--stage mfm --init {home}/dmf {taught} --guidance 2.5 --latents {home}/latents --batch 8"
     mine = sum(p.numel() for p in student_of(config_of(home, line), (4, 8, 8), 2).parameters())
     assert dry(capsys, line)[0]["parameters"] == f"{mine / 1e6:.1f} M"
     assert list(tmp_path.iterdir()) == []
@@ -506,7 +532,7 @@ def test_a_step_takes_the_operations_that_are_counted(home, stage, source, monke
     monkeypatch.setattr(sit, "differentiating", lambda: True)
     guided, teacher = source == "guided", source == "teacher"
     line = f"--stage {stage}" + (" --guidance 2.5" if stage != "flow" else "")
-    config = config_of(home, line + (" --teacher {home}/dmf" if teacher else ""))
+    config = config_of(home, line + (" --teacher {home}/dmf --teacher-scale 2.5" if teacher else ""))
     depths = {"depth": 8} if stage == "flow" else {"depth": 8, "encoder_depth": 6}
     network = build("tiny", "sit" if stage == "flow" else "dmf", width=96, shape=[4, 8, 8], n_classes=2, **depths)
     found = teacher_of(config, network)

@@ -199,7 +199,8 @@ def test_the_loss_and_its_gradient_by_hand(source, reads_guidance):
     with torch.no_grad():
         velocity = r.velocity
         if start is not None:
-            excess = X.velocity(r.s, r.s, r.z, r.t, r.x, r.y, *w) - X.velocity(r.s, r.s, r.z, r.t, r.x, null, *w)
+            plain = (torch.ones_like(r.guidance),) if reads_guidance else ()
+            excess = X.velocity(r.s, r.s, r.z, r.t, r.x, r.y, *w) - X.velocity(r.s, r.s, r.z, r.t, r.x, null, *plain)
             omega = (1 - 1 / r.guidance) * (r.s >= start)
             velocity = velocity + omega.unsqueeze(-1) * excess
         if teacher:
@@ -235,6 +236,42 @@ def test_the_loss_and_its_gradient_by_hand(source, reads_guidance):
     assert_close(bias.grad[0], finite_difference(frozen, 0.0), 1e-6, 1 + bias.grad[0].abs())
     if source == "guided late":
         assert ((r.s < 0.4) & (r.guidance > 1)).any()
+
+
+class Table(nn.Module):
+    """The exact map of Gaussians whose means are weights, one for each class and scale."""
+
+    shape, reads_tx, reads_guidance, null_class = (2,), True, True, K
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.full((K + 1, 2, 2), 2.0, dtype=torch.float64))
+
+    def velocity(self, s, u, z, t, context, y, guidance):
+        s, u, t = (a.unsqueeze(-1) for a in (s, u, t))
+        law = gaussian_posterior(t, context, self.mean[y, (guidance > 1).long()], torch.full((2,), 0.3).double())
+        return gaussian_velocity(s, u, z, law[0], law[1] ** 2)
+
+
+def test_model_guidance_has_its_fixed_point_by_the_rows_that_are_drawn():
+    """In the empty context means are at μ(∅) + w (μ(y) − μ(∅)); a null class that no row trains would stay put."""
+    torch.manual_seed(0)
+    X, law = FlowMap(Table()), RowLaw("map", "uniform", K, drop=0.3, guidance=2.5)
+    true = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-1.0, -1.0]][:K], dtype=torch.float64)
+    optimizer = torch.optim.Adam(X.parameters(), lr=0.2)
+    steps, n = 200, 96
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.2 * (1 - k / steps)
+        y = torch.arange(n) % K
+        x1 = true[y] + 0.3**0.5 * torch.randn(n, 2, dtype=torch.float64)
+        r, half = draw_rows(law, x1, y, [torch.Generator().manual_seed(k * n + i) for i in range(n)])
+        optimizer.zero_grad()
+        sum(paper_loss(X, r, half, guided_from=0.0, p=0.0, p_consistency=0.0).terms.values()).backward()
+        optimizer.step()
+    mean = X.network.mean.detach()
+    null = true.mean(0)
+    assert (mean[K, 0] - null).abs().max() < 0.15
+    assert (mean[:K, 1] - (null + 2.5 * (true - null))).abs().max() < 0.4
 
 
 def test_a_flow_has_diagonal_rows_alone_and_its_loss_is_the_sum_of_squares():
@@ -339,6 +376,13 @@ def test_bins_hold_their_ends():
     assert {name: pair.tolist() for name, pair in found.items()} == {
         "s0.0": [1, 1], "s0.2": [2 + 8, 2], "s0.4": [0, 0], "s0.6": [0, 0], "s0.8": [9, 1],
     }  # fmt: skip
+
+
+def test_autocast_does_not_round_what_is_watched():
+    s, residual = torch.full((257,), 0.5), torch.full((257, 1), 1.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        total, count = by_time(s, residual)["s0.4"].tolist()
+    assert total == pytest.approx(257 * 1.001**2, rel=1e-5) and count == 257
 
 
 @pytest.mark.parametrize(

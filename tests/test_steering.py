@@ -23,6 +23,7 @@ from mfm_ref import (
     log_snr_grid,
     rows_within,
     steer,
+    steering,
     time_grid,
 )
 from mfm_ref.alignment import guidance, unconditional_drift
@@ -363,6 +364,25 @@ def test_rows_within_is_right_for_an_mlp_and_linear_in_the_memory(width, labelle
         assert rows_within(10 * memory, X, pull(), y=y) == pytest.approx(10 * rows, abs=10)
     assert rows_within(1.0, X, pull(), y=y) == 1  # there is no less
     assert rows_within(1e8, X, None, y=y) >= rows_within(1e8, X, pull(), y=y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draw_in_more_steps_takes_as_many_times_the_memory(method, monkeypatch):
+    """Weights count for none; and `steer` asks for the rows of the steps that it makes."""
+    X, asked = network(hidden=64, depth=3), []
+    rows = [rows_within(1e8, X, pull(), steps=steps) for steps in (1, 2, 5)]
+    assert rows[0] / rows[1] == pytest.approx(2, rel=0.15) and rows[0] / rows[2] == pytest.approx(5, rel=0.15)
+
+    def noted(*arguments, **options):
+        asked.append(rows_within(*arguments, **options))
+        return asked[-1]
+
+    monkeypatch.setattr(steering, "rows_within", noted)
+    for steps in (1, 5):
+        steer(X, pull(), 2, n=2, steps=2, method=method, posterior_steps=steps, memory=1e8, generator=rng(0))
+    assert asked[0] / asked[1] == pytest.approx(5, rel=0.15)
+    with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
+        rows_within(1e8, X, pull(), steps=0)
 
 
 @pytest.mark.parametrize("memory", [0, -1.0, math.nan])

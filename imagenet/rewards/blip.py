@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagenet.checkpoints import read_state
 from imagenet.prompts import rows_of
-from imagenet.rewards.files import IMAGEREWARD, filled, find_weights, on_no_device, read_config, read_weights
+from imagenet.rewards.files import IMAGEREWARD, filled, find_weights, on_no_device, read_config
 from imagenet.rewards.preprocessing import imagereward_pixels
 from imagenet.rewards.tokens import BERT_FILES, Tokenizer
 
@@ -116,7 +117,7 @@ def load_imagereward(
     from transformers import BlipTextModel, BlipVisionModel
 
     if not isinstance(weights, Mapping):
-        weights = read_weights(find_weights(weights, IMAGEREWARD))
+        weights = read_state(find_weights(weights, IMAGEREWARD))
     vision, text = blip_configs(PUBLISHED if config is None else read_config(config))
     parts = from_blip(weights)
     reader = on_no_device(BlipTextModel, text, add_pooling_layer=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from imagenet.checkpoints import read_state
 from imagenet.prompts import rows_of
 from imagenet.rewards.files import (
     CONFIG,
@@ -18,7 +19,6 @@ from imagenet.rewards.files import (
     find_weights,
     on_no_device,
     read_config,
-    read_weights,
 )
 from imagenet.rewards.preprocessing import hpsv2_pixels, pickscore_pixels
 from imagenet.rewards.tokens import CLIP_FILES, Tokenizer
@@ -124,7 +124,7 @@ def load_pickscore(
     """PickScore from the folder of its repository, or its tensors and its config.json."""
     if not isinstance(weights, Mapping):
         path = find_weights(weights, PICKSCORE)
-        config, weights = config or path.with_name(CONFIG), read_weights(path)
+        config, weights = config or path.with_name(CONFIG), read_state(path)
     if config is None:
         raise ValueError("tensors must come with their config, got none")
     found = read_config(config)
@@ -147,7 +147,7 @@ def load_hpsv2(
 ) -> CLIPScore:
     """HPSv2.1 from HPS_v2.1_compressed.pt, a checkpoint of open_clip, or its tensors."""
     if not isinstance(weights, Mapping):
-        weights = read_weights(find_weights(weights, HPSV2))
+        weights = read_state(find_weights(weights, HPSV2))
     found = VIT_H_14 if config is None else read_config(config)
     return _score(
         clip_config(found), from_open_clip(weights), hpsv2_pixels, folders, source="the weights of HPSv2", scaled=False

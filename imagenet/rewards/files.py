@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from imagenet.checkpoints import read_state
 from mfm_ref.files import load_json
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,11 +35,6 @@ def find_weights(place: Path, names: Sequence[str]) -> Path:
             f"{ORIGINS[tuple(names)]}, and give its path"
         )
     return found
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published file; nothing in it is run. Raises ValueError for one that is damaged."""
-    return read_state(path)
 
 
 def read_config(config: Mapping[str, Any] | Path | str) -> Mapping[str, Any]:

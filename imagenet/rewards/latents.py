@@ -48,7 +48,11 @@ class LatentReward:
         self.differentiable: bool = getattr(reward, "differentiable", True)
 
     def __call__(self, x1: Tensor) -> Tensor:
-        """r(x₁): latents `(B, *D) -> (B,)`. Raises ValueError for a list of prompts whose length does not divide B."""
+        """r(x₁): latents `(B, *D) -> (B,)`.
+
+        Raises:
+            ValueError: a list of prompts whose length does not divide B; a reward that does not give `(B,)`.
+        """
         prompts = rows_of(self.prompts, len(x1))
         found = []
         for start in range(0, len(x1), self.decode):
@@ -71,4 +75,13 @@ class LatentReward:
         return self._of(x1, prompts)
 
     def _of(self, x1: Tensor, prompts: list[str] | None) -> Tensor:
-        return self.reward(x1 if self.vae is None else self.vae.decode(x1), prompts)
+        found = self.reward(x1 if self.vae is None else self.vae.decode(x1), prompts)
+        check_rewards(found, x1, getattr(self.reward, "__name__", type(self.reward).__name__))
+        return found
+
+
+def check_rewards(found: Any, x: Tensor, name: str) -> None:
+    """Raise ValueError, with the reward's name, unless it has given one number for each row of x, `(B,)`."""
+    if not isinstance(found, Tensor) or found.shape != x.shape[:1]:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"the reward {name} must give one number for each image, ({len(x)},), got {got}")

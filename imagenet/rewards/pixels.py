@@ -77,7 +77,8 @@ class LinearProbe:
         channels, side = self.weight.shape[:2]
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < side:
             wanted = f"(B, {channels}, H, W) of at least {side} × {side}"
-            raise ValueError(f"this probe must be given {wanted}, got {tuple(x.shape)}")
+            hint = _undecoded(x) if channels == 3 else ""
+            raise ValueError(f"this probe must be given {wanted}, got {tuple(x.shape)}{hint}")
         return (adaptive_avg_pool2d(x, side) * self.weight.to(x)).sum((1, 2, 3)) + self.bias.to(x)
 
     @classmethod
@@ -126,5 +127,11 @@ def _luma(images: Tensor) -> Tensor:
 def rgb(images: Tensor) -> Tensor:
     """The images. Raises ValueError unless they are `(B, 3, H, W)` of real numbers."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be (B, 3, H, W) of real numbers, got {images.dtype} {tuple(images.shape)}")
+        got = f"{images.dtype} {tuple(images.shape)}{_undecoded(images)}"
+        raise ValueError(f"images must be (B, 3, H, W) of real numbers, got {got}")
     return images
+
+
+def _undecoded(x: Tensor) -> str:
+    """A word on what may be latents."""
+    return ": these may be latents, which --vae decodes" if x.ndim == 4 and x.shape[1] != 3 else ""

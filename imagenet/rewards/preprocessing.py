@@ -2,7 +2,8 @@
 
 All three resize by the antialiased bicubic filter, which can overshoot [0, 1], do not clamp, and normalise by CLIP's
 mean and deviation. They differ in what becomes of images that are not square. Images may have any size; they become
-float32. The originals of PickScore and ImageReward round to 8 bits in between, which has no gradient.
+float32. The originals of PickScore and ImageReward round to 8 bits in between, which has no gradient. The authors of
+ImageReward have a path of tensors as well, as here; those of PickScore have none.
 """
 
 import torch
