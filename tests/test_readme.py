@@ -14,6 +14,7 @@ import torch
 
 import mfm_ref
 from benchmarks import imagenet as imagenet_speed
+from benchmarks import imagenet_training
 from toy import table
 from toy.images import report
 
@@ -152,6 +153,15 @@ def test_the_network_example_of_the_imagenet_page_runs_as_printed():
 def test_the_imagenet_page_repeats_the_measured_speed(name):
     report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     assert imagenet_speed.tables(report) in IMAGENET_README
+
+
+def test_the_imagenet_page_repeats_the_measured_training():
+    report = json.loads((ROOT / "benchmarks" / "results" / "imagenet-training.json").read_text())
+    for block in imagenet_training.tables(report).split("\n\n"):
+        assert block in IMAGENET_README
+    ours, _, released = report["steps"]
+    assert f"It is {released['seconds'] / ours['seconds']:.2f} times faster" in IMAGENET_README
+    assert f"with {ours['peak_memory'] / released['peak_memory']:.2f} of the memory" in IMAGENET_README
 
 
 def imagenet_commands() -> list[list[str]]:
