@@ -51,6 +51,7 @@ from mfm_ref.objectives import (
     semigroup_target,
     velocity_loss,
 )
+from mfm_ref.paper_recipe import paper_loss
 from mfm_ref.recipe import meta_flow_map_loss, no_context
 from mfm_ref.rewards import GaussianLikelihood, LinearReward
 from mfm_ref.run_state import TrainConfig
@@ -121,6 +122,7 @@ __all__ = [
     "mmd",
     "no_context",
     "noise_scale",
+    "paper_loss",
     "posterior_noise",
     "regression_loss",
     "rows_within",

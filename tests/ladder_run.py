@@ -19,9 +19,9 @@ COMMANDS = (
     f"train --stage mfm --init map/weights --teacher map/weights --teacher-scale 2.5 --guidance 2.5 --reads-tx {TRAIN} "
     "--out mfm",
     f"sample {MAP} --count 8 --steps 2 --out samples",
-    f"posterior {MAP} --latents latents --contexts 4 --draws 3 --times 0.2,0.6 --methods mfm,glass,sde,again "
+    f"posterior {MAP} --latents latents --contexts 4 --draws 3 --times 0.2 --methods mfm,glass,sde,again "
     "--map-steps 1,2 --glass-steps 2 --sde-steps 4 --out posteriors",
-    f"steer {MAP} --methods base,mfm-g,mfm-gf,mfm-c,dps,search,best-of-n --draws 1,2 --count 4 --steps 2 --scale 20 "
+    f"steer {MAP} --methods base,mfm-g,mfm-gf,mfm-c,dps,search,best-of-n --draws 2 --count 4 --steps 2 --scale 20 "
     "--reward redness --held-out brightness;compressed-size --out steered",
     f"finetune {MAP} --latents latents --steps 2 --warmup 0 --lr 1e-3 --scale 20 --reward redness "
     "--held-out brightness --evaluate 8 --evaluate-every 2 --evaluate-steps 2 --out tuned",

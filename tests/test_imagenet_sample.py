@@ -384,6 +384,7 @@ def subprocess_of(*command):
     )
 
 
+@pytest.mark.slow  # the ladder's test has two processes sample, too
 def test_two_processes_make_the_same_files(tiny, tmp_path):
     """Of one run, torchrun's: bit for bit what one process makes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

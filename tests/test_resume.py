@@ -329,6 +329,7 @@ def test_a_thread_trains_without_watching_for_sigterm(tmp_path):
     assert same(found[0], run(None))
 
 
+@pytest.mark.slow
 def test_toy_run_survives_sigkill(tmp_path):
     def start(out):
         return subprocess.Popen(
