@@ -279,6 +279,7 @@ def same(a: Path, b: Path) -> bool:
     return records[0] == records[1] and all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
 
 
+@pytest.mark.slow  # test_imagenet_sample.py has the same machinery killed
 def test_a_run_that_was_killed_goes_on(tiny, tmp_path):
     """SIGKILL at the second batch of the second folder; to the same bytes and counts."""
     methods = ("--methods", "base,mfm-c,search")

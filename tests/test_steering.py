@@ -155,7 +155,10 @@ def impulse_moments(monkeypatch, steered, steps: int) -> tuple[float, float]:
     return float(end[0]), float((end[1:] - end[0]).square().sum())
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+ONE_GRID = [pytest.param(grid, marks=() if k == 0 else pytest.mark.slow) for k, grid in enumerate(GRIDS)]
+
+
+@pytest.mark.parametrize("grid", ONE_GRID)
 def test_the_sde_has_weak_order_one_when_the_drift_is_exact(grid, monkeypatch):
     """Mean and second moment of the same coordinate's samples against those of p*, by the recursion's own moments.
 
