@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What training, steering and fine-tuning need a GPU for, in one run of some seven minutes: the speed of a training step
+# What training, steering and fine-tuning need a GPU for, in one run, of ten minutes or more: the speed of a training step
 # of SiT-XL/2 beside the released composition, guided steps, and the whole ladder on MNIST turned into latents.
 #
 #     PYTHON=.venv/bin/python DATA=data/mnist OUT=runs/gpu-training COMMIT=$(git rev-parse --short HEAD) \

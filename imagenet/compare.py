@@ -187,7 +187,7 @@ def draw_finetuning(rows: Sequence[Row], path: Path) -> None:
     figure, axes = new_figure(1, len(rewards) + 1, size=(3.0, 3.0))
     for run, colour in zip(runs, itertools.cycle(RUN_COLOURS), strict=False):
         own = sorted((row for row in rows if row["run"] == run), key=lambda row: row["step"])
-        for ax, name in zip(axes[0], rewards, strict=False):
+        for ax, name in zip(axes[0, : len(rewards)], rewards, strict=True):
             found = [row for row in own if name in row["rewards"]]
             plot(ax, [row["step"] for row in found], [row["rewards"][name] for row in found], run, colour, "-")
         plot(axes[0, -1], [row["step"] for row in own], [[row["diversity"], None] for row in own], run, colour, "-")
