@@ -8,7 +8,7 @@ import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -26,8 +26,8 @@ class GlobalBatches:
 
     Images come in shuffled epochs, one after the other: place `batch · k + i` of the endless order is image i of step
     k, and its mirroring, noise, times and label drop are by the generator of (seed, k, i). Process r has in
-    micro-batch j of a step the images from (j · world + r) · micro on. Batches are prepared in a thread; the position
-    is that of the batches that were taken.
+    micro-batch j of a step the images from (j · world + r) · micro on. Batches are prepared in a thread, which ends
+    with `close` or a `with` block and reads no file after it; the position is that of the batches that were taken.
 
     Args:
         latents: the data.
@@ -85,6 +85,19 @@ class GlobalBatches:
         rows, diagonal = self._ahead.popleft().result()
         self.taken += 1
         return PaperRows(*(a.to(self.device) for a in rows)), diagonal
+
+    def close(self) -> None:
+        """End the thread, and wait until it has: batches ahead are dropped. `next` would start another."""
+        self._ahead.clear()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def made(self, number: int) -> tuple[PaperRows, int]:
         """The rows of micro-batch `number` of this process, counted from the run's start, on the CPU."""

@@ -309,10 +309,11 @@ def run(config: FinetuneOptions, process: Process) -> None:
     def measure(average: FlowMap, k: int) -> None:
         work.measures.take(average, k)
 
-    average, _ = train(
-        open_student(config), loss_of(work, log_scale), data, how,
-        folder=config.out, tag=tag, callback=measure, progress="fine-tune",
-    )  # fmt: skip
+    with data:
+        average, _ = train(
+            open_student(config), loss_of(work, log_scale), data, how,
+            folder=config.out, tag=tag, callback=measure, progress="fine-tune",
+        )  # fmt: skip
     on_rank_0(lambda: finish(work, average))
     if process.rank == 0:
         lines, minutes = work.measures.lines(), (time.perf_counter() - began) / 60

@@ -79,20 +79,20 @@ def run(config: TrainOptions, process: Process) -> None:
     X = FlowMap(network).to(process.device)
     if teacher is not None:
         teacher.X.to(process.device)
-    batches = GlobalBatches(
+    with GlobalBatches(
         latents, config.batch, micro=micro, law=law_of(config, network.null_class), seed=config.seed,
         rank=process.rank, world=process.world, device=process.device,
-    )  # fmt: skip
-    average, _ = train(
-        X,
-        loss_of(config, teacher),
-        batches,
-        train_config(config, accumulate),
-        folder=config.out,
-        tag="imagenet.train",
-        callback=Proxy(config, latents, vae) if config.sample_every else None,
-        progress=config.stage,
-    )
+    ) as batches:  # fmt: skip
+        average, _ = train(
+            X,
+            loss_of(config, teacher),
+            batches,
+            train_config(config, accumulate),
+            folder=config.out,
+            tag="imagenet.train",
+            callback=Proxy(config, latents, vae) if config.sample_every else None,
+            progress=config.stage,
+        )
     on_rank_0(lambda: average.save_pretrained(config.out / "weights"))
     if process.rank == 0:
         print(f"{config.out / 'weights'}: {config.stage}, {config.steps} updates of {config.batch} images")

@@ -1,6 +1,7 @@
 """The batches of a training run: one order and one chance, however a global batch is cut, stopped or shared."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -204,6 +205,34 @@ def test_latents_that_are_not_finite_name_their_shard(tmp_path, value):
     with pytest.raises(ValueError, match=r"shard-00001/moments.npy must hold finite numbers, .* of image 11"):
         for _ in range(11):
             next(data)
+
+
+def test_after_a_run_no_thread_reads(latents):
+    """A file that is cut short while a thread still reads it, mapped into memory, would end the whole program."""
+    started = []
+
+    class Slow:
+        """`latents`, a tenth of a second late."""
+
+        def __getattr__(self, name):
+            return getattr(latents, name)
+
+        def draw(self, images, generators):
+            started.append(threading.current_thread())
+            time.sleep(0.1)
+            return latents.draw(images, generators)
+
+    with pytest.raises(KeyError), GlobalBatches(Slow(), BATCH, micro=4, law=LAW) as data:
+        first = next(data)[0]
+        raise KeyError
+    count = len(started)
+    assert not any(thread.is_alive() for thread in started)
+    time.sleep(0.3)
+    assert len(started) == count
+    whole = GlobalBatches(latents, BATCH, micro=4, law=LAW)
+    for rows in (first, next(data)[0]):  # goes on where it was
+        assert torch.equal(rows.x, next(whole)[0].x)
+    data.close()
 
 
 def test_a_shard_that_was_cut_short_is_named(tmp_path):
