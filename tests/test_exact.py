@@ -362,7 +362,7 @@ def test_late_contexts_approach_the_point(p1):
 
 
 @routes
-@few
+@settings(max_examples=5)  # each of them solves for every row by itself
 @given(data=st.data())
 def test_rows_do_not_meet(p1, data):
     # Ends among the rows, B equal to D among the sizes: a row alone gives what it gives in the batch. The solve
@@ -393,8 +393,14 @@ def test_context_read_from_tx(p1, data):
 # ---- differentiability ---------------------------------------------------------------------------------
 
 
-@routes
-@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("p1", "t"),
+    [
+        pytest.param(p1, t, id=f"{t}-{route}", marks=[pytest.mark.slow] if (route, t) == ("solve", 0.4) else [])
+        for p1, route in zip(one_of_each(), ROUTES, strict=True)
+        for t in (0.0, 0.4, 1.0)
+    ],
+)
 def test_gradients_in_state_and_context(p1, t):
     # Backward and forward mode against finite differences; at t = 0 the context still counts as t·x.
     X = ExactFlowMap(p1, max_step=1.0)  # coarse, for speed: any step is a differentiable function

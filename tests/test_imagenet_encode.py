@@ -709,7 +709,8 @@ def test_a_killed_run_ends_as_an_unbroken_one(tiny, tmp_path):
         assert contents(tmp_path / name) == whole
 
 
-def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(tiny, tmp_path, monkeypatch, workers):
     """By the command line; shards that were lost or lack a mended image are made again, and nothing else."""
     monkeypatch.setattr(encode, "VAE", Patches)
     encode.run(config_of(tiny, tmp_path / "one"))
@@ -724,7 +725,7 @@ def test_two_processes_with_workers_write_what_one_writes(tiny, tmp_path, monkey
     kept = (tmp_path / "two" / "shard-00000" / "moments.npy").stat().st_mtime_ns
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--images", images, "--vae", "patches", "--out", tmp_path / "two", "--size", SIZE]
-    options += ["--batch", 3, "--shard", 5, "--workers", 1]
+    options += ["--batch", 3, "--shard", 5, "--workers", workers]
     result = subprocess.run(
         [*command, "-m", "tests.imagenet_patches", *map(str, options)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,

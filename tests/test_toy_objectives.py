@@ -116,7 +116,8 @@ def _saved_and_gone(folder: Path, workers: list[int]) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the children of a process from Linux's /proc")
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_trainings_save_and_end_with_the_process_that_started_them(tmp_path, sent):
     """Whichever way that ends: those under way leave a checkpoint, and nothing runs on."""
     config = dataclasses.replace(fast(tmp_path), seconds=1e5, jobs=2)
