@@ -1,5 +1,7 @@
 """Figures in the house style, readable with any colour vision."""
 
+import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,27 @@ def new_figure(rows: int, columns: int, *, size: tuple[float, float], **kwargs: 
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(columns * size[0], rows * size[1]))
         return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+class Captioned:
+    """A figure with its caption below, as a notebook shows it: a small JPEG, and the caption for those who cannot see.
+
+    Args:
+        figure: a figure of `new_figure`; its caption is drawn into it.
+        caption: what is seen and what to see in it.
+        dpi: resolution in dots per inch.
+    """
+
+    def __init__(self, figure: Figure, caption: str, *, dpi: int = 90):
+        self.caption = " ".join(caption.split())
+        width = int(15 * figure.get_figwidth())  # letters of 8 points in a line
+        figure.supxlabel("\n".join(textwrap.wrap(self.caption, width)), x=0.01, ha="left", fontsize=8)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="jpeg", dpi=dpi, pil_kwargs={"quality": 85, "optimize": True})
+        self.jpeg = drawn.getvalue()
+
+    def __repr__(self) -> str:
+        return self.caption
+
+    def _repr_jpeg_(self) -> bytes:
+        return self.jpeg
