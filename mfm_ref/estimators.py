@@ -88,7 +88,8 @@ def controlled_guidance(r: Tensor, draws: Tensor, pulls: Tensor, t: Time) -> Ten
 
     The second is used as far as ⟨f_i, ĝ⟩ and ⟨g_i, ĝ⟩ are one linear function of each other: with the weight R²,
     adjusted for the number of draws. For a Gaussian posterior and a quadratic reward in one direction R² = 1, and the
-    result has no noise along ĝ at all. In symbols, with Δ = E16 − E17,
+    result has no noise along ĝ but that of the draws' own mean, which antithetic noises remove. In symbols, with
+    Δ = E16 − E17,
 
         (σ_t²/2) ∇V = E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ.
 

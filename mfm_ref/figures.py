@@ -19,6 +19,7 @@ COLOURS = {
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
+    in_house_style(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -38,6 +39,15 @@ def new_figure(rows: int, columns: int, *, size: tuple[float, float], **kwargs: 
         return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
+def in_house_style(figure: Figure) -> None:
+    """What matplotlib decides when a title or a legend is made, after `new_figure`: small titles, legends unframed."""
+    for ax in figure.axes:
+        ax.title.set_fontsize(9)
+        legend = ax.get_legend()
+        if legend is not None:
+            legend.set_frame_on(False)
+
+
 class Captioned:
     """A figure with its caption below, as a notebook shows it: a small JPEG, and the caption for those who cannot see.
 
@@ -51,6 +61,7 @@ class Captioned:
         self.caption = " ".join(caption.split())
         width = int(15 * figure.get_figwidth())  # letters of 8 points in a line
         figure.supxlabel("\n".join(textwrap.wrap(self.caption, width)), x=0.01, ha="left", fontsize=8)
+        in_house_style(figure)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="jpeg", dpi=dpi, pil_kwargs={"quality": 85, "optimize": True})
         self.jpeg = drawn.getvalue()
