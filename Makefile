@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: run mixture digits test lint slow clean
+.PHONY: run mixture digits test lint slow docs clean
 
 # Each rung keeps one core busy, so both run side by side; the second draws its progress bar on a line of its own.
 run: .venv/ready
@@ -24,6 +24,9 @@ lint: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+docs: .venv/ready
+	$(BIN)/python .ci/docs.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

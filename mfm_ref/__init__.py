@@ -62,7 +62,7 @@ from mfm_ref.tilted import tilted_map_loss, tilted_target
 from mfm_ref.training import Watched, train
 from mfm_ref.unet import UNet
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 __all__ = [
     "MLP",

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import mfm_ref
 from benchmarks import imagenet as imagenet_speed
 from benchmarks import imagenet_training
 from toy import table
 from toy.images import report
+from tutorials import run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CORE_README = (ROOT / "mfm_ref" / "README.md").read_text()
 TOY_README = (ROOT / "toy" / "README.md").read_text()
 IMAGES_README = (ROOT / "toy" / "images" / "README.md").read_text()
 IMAGENET_README = (ROOT / "imagenet" / "README.md").read_text()
@@ -44,7 +45,7 @@ def test_the_first_example_runs_as_printed():
 
 
 def test_the_network_objective_and_estimator_examples_run_one_after_the_other():
-    code = "".join(README.split("```python")[k].split("```")[0] for k in (2, 3, 4))
+    code = "".join(CORE_README.split("```python")[k].split("```")[0] for k in (1, 2, 3))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
@@ -100,33 +101,44 @@ def table_blocks(text: str) -> list[str]:
     ("text", "folder"),
     [
         (README, ROOT),
+        ((ROOT / "CONTRIBUTING.md").read_text(), ROOT),
+        (CORE_README, ROOT / "mfm_ref"),
+        ((ROOT / "benchmarks" / "README.md").read_text(), ROOT / "benchmarks"),
         (TOY_README, ROOT / "toy"),
         (IMAGES_README, ROOT / "toy" / "images"),
         (IMAGENET_README, ROOT / "imagenet"),
     ],
-    ids=["README.md", "toy", "toy/images", "imagenet"],
+    ids=["README.md", "CONTRIBUTING.md", "mfm_ref", "benchmarks", "toy", "toy/images", "imagenet"],
 )
 def test_links_lead_somewhere(text, folder):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
     for link in links:
-        assert (folder / link.partition("#")[0]).exists(), link
+        path, _, anchor = link.partition("#")
+        page = folder / path
+        assert page.exists(), link
+        if anchor:
+            assert anchor in anchors(text if not path else page.read_text()), link
 
 
-def test_every_equation_names_functions_that_exist():
-    rows = [line for line in README.splitlines() if re.match(r"\| E\d+", line)]
-    covered = {number for row in rows for number in re.findall(r"E(\d+)", row.split("|")[1])}
-    assert covered == {str(k) for k in range(1, 22)}
-    for name in re.findall(r"`([\w.]+)[`,]", " ".join(row.split("|")[3] for row in rows)):
-        found = mfm_ref
-        for part in name.split("."):
-            found = getattr(found, part)
-        assert found.__doc__
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the headings of a page: small letters, no signs, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_tour_lists_the_notebooks_with_their_minutes():
+    rows = re.findall(r"^\| \[(.+?)\]\(tutorials/(\d\d_\w+\.ipynb)\) \| .+ \| (\d) \|$", README, re.MULTILINE)
+    assert [name for _, name, _ in rows] == [path.name for path in run.NOTEBOOKS]
+    for title, name, minutes in rows:
+        head = run.read(run.FOLDER / name).cells[0].source
+        assert head.startswith(f"# {title}\n") and f"\nAbout {minutes} minute" in head, name
 
 
 def test_commands_of_the_makefile_are_the_documented_ones():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    for target in re.findall(r"(?:^|    |`)make (\w+)", README + contributing, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for module in re.findall(r"-m toy\.(\w+)", README + TOY_README + IMAGES_README):
         assert (ROOT / "toy" / f"{module}.py").exists()
