@@ -23,7 +23,7 @@ import os
 import sys
 from pathlib import Path
 
-FAST = "MFM_FAST" in os.environ  # seconds, for the test suite: what is trained then is not trained
+FAST = "MFM_FAST" in os.environ  # for the test suite: seconds, and networks that are hardly trained
 if not Path("../mfm_ref").exists():  # on Colab
     !git clone -q {address} && pip install -q "./mfm_ref[toy]"
     os.chdir("mfm_ref/tutorials")
