@@ -106,6 +106,8 @@ print(pathlib.Path(mfm_ref.__file__).parent.parent)
 if "--all" in sys.argv:
     for module in pkgutil.iter_modules(mfm_ref.__path__):
         importlib.import_module("mfm_ref." + module.name)
+    from mfm_ref.verify import EQUATIONS, verify
+    assert all(result.passed for result in verify(0, EQUATIONS[:6]))
 p1 = mfm_ref.GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
 print(mfm_ref.sample_posterior(mfm_ref.ExactFlowMap(p1), 0.5, torch.ones(3, 2), 4).shape)
 """

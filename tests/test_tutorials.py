@@ -198,6 +198,10 @@ def test_fast_is_told_by_the_environment_alone(monkeypatch):
         ("error 2.10", "errors 2.10", False),
         ("error 2.10", "error 2.10 and 3", False),
         ("1e-15", "3e-15", True),
+        ("error 0.021", "error 0.060", False),
+        ("1 mode", "2 modes", False),
+        ("3 of 20 samples", "4 of 20 samples", True),
+        ("0.00 and 1", "0.03 and 1", False),
     ],
 )
 def test_stale_outputs_are_seen(old, new, same):
@@ -210,6 +214,17 @@ def test_stale_outputs_are_seen(old, new, same):
 
 def test_code_that_changed_is_seen():
     assert run.code_hash(notebook_of("x = 3")) != run.code_hash(notebook_of("x = 4"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["3"], "must be two digits, 01 to 10, got 3"), (["--fast", "--check", "03"], "give it without --fast")],
+)
+def test_the_command_refuses(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", *arguments])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert said in capsys.readouterr().err
 
 
 def test_what_is_written_has_one_head(tmp_path):
