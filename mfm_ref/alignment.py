@@ -122,7 +122,7 @@ def guidance(
     generator: Source = None,
     max_rows: int | None = None,
 ) -> Tensor:
-    """(σ_t²/2) ∇V_t(x) (E7), `(B, *D)`, finite at t = 0 although σ² is not.
+    """(σ_t²/2) ∇V_t(x) (E7) by E16, E17 or both, `(B, *D)`, finite at t = 0 although σ² is not.
 
     The reward is differentiated with respect to t·x (`guidance_factor`). Arguments and errors as in `value_gradient`;
     for a map that reads x itself, "gradient" and "controlled" refuse t = 0.

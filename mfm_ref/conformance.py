@@ -10,11 +10,13 @@ what must hold, and what came. A row is one sample of a batch.
 """
 
 import itertools
+import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from numbers import Integral
 from types import TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +109,12 @@ def check_reward(
         the results: shape, finite, inputs, repeats, alone, NaN, and gradient.
 
     Raises:
-        ValueError: samples that do not fit; the check that failed, what must hold, and what came.
+        ValueError: a shape or samples that do not fit; the check that failed, what must hold, and what came.
     """
+    _valid_question(shape, samples)
     generator = torch.Generator().manual_seed(seed)
     n = _batch(shape)
     x1 = torch.randn((n, *shape), generator=generator, dtype=dtype) if samples is None else samples.detach()
-    if len(x1) < 3 or x1.shape[1:] != tuple(shape):
-        raise ValueError(f"samples must be (n, {', '.join(map(str, shape))}), n >= 3, got {tuple(x1.shape)}")
     eps, kept = torch.finfo(x1.dtype).eps, x1.clone()
     with _Checks(reward) as check, torch.no_grad():
         check.that("shape", "one number for each of B samples, shape (B,)")
@@ -163,7 +164,8 @@ def check_network(
         seed: of the weights and the states.
 
     Returns:
-        the results: protocol, shape, finite, inputs, repeats, rows, alone, reads s, …, weights, derivative, and save.
+        the results: protocol, shape, finite, inputs, not zero, repeats, alone, rows, reads s, …, weights, derivative,
+            and save.
 
     Raises:
         ValueError: the check that failed, what must hold, and what came.
@@ -171,10 +173,15 @@ def check_network(
     generator = torch.Generator().manual_seed(seed)
     with _Checks(network) as check, torch.no_grad():
         check.that("protocol", "an nn.Module with a tuple shape, a bool reads_tx, and velocity")
-        if not isinstance(network, nn.Module) or not callable(getattr(network, "velocity", None)):
-            raise _Error("none")
-        shape, reads_tx = cast(Any, network).shape, network.reads_tx
-        check.most((not isinstance(shape, tuple)) + (not isinstance(reads_tx, bool)))
+        if not isinstance(network, nn.Module):
+            raise _Error(_came(network))
+        module: Any = network
+        velocity, shape, reads_tx = getattr(module, "velocity", None), module.shape, module.reads_tx
+        if not callable(velocity):
+            raise _Error(f"velocity={velocity!r}")
+        if not isinstance(shape, tuple) or not isinstance(reads_tx, bool):
+            raise _Error(f"shape={shape!r}, reads_tx={reads_tx!r}")
+        check.most(0)
         X, null = FlowMap(_moved(network, generator)), getattr(network, "null_class", None)
         n = _batch(shape)
         z, x, other = torch.randn((3, n, *shape), generator=generator, dtype=torch.float64)
@@ -192,13 +199,15 @@ def check_network(
         check.that("shape", "a velocity of the shape and the dtype of z")
         sizes = {1, n, *(size for size in shape if size < n)}  # B == D among them
         check.most(sum(v(slice(size)).dtype != z.dtype for size in sizes))
-        check.that("finite", "finite at every end of the times")
-        ends = [(a, b, c) for a, b, c in itertools.product(ENDS, repeat=3) if a <= b]
-        check.most(sum((~torch.isfinite(v(s=a, u=b, t=c))).sum() for a, b, c in ends))
+        check.that("finite", "finite at every end of the times, and between them")
+        ends = [{"s": a, "u": b, "t": c} for a, b, c in itertools.product(ENDS, repeat=3) if a <= b]
+        check.most(sum((~torch.isfinite(v(**times))).sum() for times in ({}, *ends)))
         check.that("inputs", "arguments are left as they were")
         kept, here = deepcopy(given), v()
         check.most(sum((a != kept[name]).sum() for name, a in given.items() if a is not None))
         unit = here.abs().max()
+        check.that("not zero", "a velocity that is not zero everywhere")
+        check.least(unit, torch.finfo(torch.float64).tiny)
         check.that("repeats", "the same velocity twice, in eval mode")
         check.most((v() - here).abs().max() / unit, ROUNDING)
         check.that("alone", "a row alone has the velocity that it has in a batch, in whatever order")
@@ -298,7 +307,9 @@ def check_objective(
         _same_shape(size, few.s)
         check.most((target.dtype != few.z.dtype) + (size.dtype != few.s.dtype))
         check.that("graph", "a target and a size without a graph")
-        check.most(target.requires_grad + size.requires_grad)
+        if target.requires_grad or size.requires_grad:
+            raise _Error(f"target.requires_grad={target.requires_grad}, size.requires_grad={size.requires_grad}")
+        check.most(0)
     with check, torch.no_grad():
         check.that("size", "a positive size of the residual")
         check.least(ask(X, r)[1].min(), torch.finfo(torch.float64).tiny)
@@ -326,6 +337,24 @@ def check_objective(
         one, two = (ask(X, few._replace(y=torch.full((len(few.s),), k)))[0] for k in (0, 1))
         check.least((one - two).abs().max())
     return check.results
+
+
+def _valid_question(shape: Any, samples: Any) -> None:
+    """Refuse a shape and samples that no reward can be asked about."""
+    sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
+    if not sizes or not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ValueError(f"shape must be the sizes of one sample, such as (2,), got {_came(shape)}")
+    must = f"samples must be ({', '.join(['n', *map(str, sizes)])}), n >= 3, a tensor of floating-point numbers"
+    if samples is None:
+        return
+    if not isinstance(samples, Tensor):
+        raise ValueError(f"{must}, got {_came(samples)}")
+    if samples.shape[1:] != tuple(sizes) or len(samples) < 3 or not samples.is_floating_point():
+        raise ValueError(f"{must}, got {tuple(samples.shape)} of {samples.dtype}")
+
+
+def _came(value: object) -> str:
+    return f"{reprlib.repr(value)} of type {type(value).__name__}"
 
 
 def _same_shape(actual: Tensor, like: Tensor) -> None:

@@ -18,7 +18,7 @@ from mfm_ref.mixture import GaussianMixture
 
 
 class ExactFlowMap:
-    """X_{s,u}(z; t, x) of the mixture p₁, exact up to the solver and differentiable (once) in every argument.
+    """E11: X_{s,u}(z; t, x) of the mixture p₁, exact up to the solver and differentiable (once) in every argument.
 
     Args:
         p1: the data distribution, not batched.
@@ -58,7 +58,7 @@ class ExactFlowMap:
         return torch.where(known, z + (u - s) * gaussian_velocity(s, u, z, tx, torch.zeros_like(z)), moved)
 
     def velocity(self, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """v_{s,u} = (X_{s,u}(z) − z)/(u−s), and the drift b̄_s of the posterior mixture where s = u; `(B, D)`."""
+        """v_{s,u} = (X_{s,u}(z) − z)/(u−s), and the drift b̄_s (E10) of the posterior mixture where s = u; `(B, D)`."""
         check_same_shape(z=z, x=x)
         return self.velocity_from_tx(s, u, z, t, expand_time(t, x) * x, y)
 

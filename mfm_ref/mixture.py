@@ -213,11 +213,11 @@ class GaussianMixture:
         return torch.logsumexp(self.log_weights + reward.log_partition(self.means, self.covs), -1)
 
     def value(self, reward: GaussianReward, t: Time, x: Tensor) -> Tensor:
-        """E5: V_t(x) = log E[e^{r(x₁)} | I_t = x], `(B,)`, differentiable in x."""
+        """E5: V_t(x) = log E[e^{r(x₁)} | I_t = x], `(B,)`, differentiable in x: its gradient is the pull of E7."""
         return self.posterior(t, x).log_partition(reward)
 
     def tilt(self, reward: GaussianReward) -> "GaussianMixture":
-        """E4: p* ∝ p₁ e^r, again a mixture."""
+        """E4: p* ∝ p₁ e^r, again a mixture; its drift (E2) is the Doob drift (E7)."""
         log_weights = torch.log_softmax(self.log_weights + reward.log_partition(self.means, self.covs), -1)
         means, covs = reward.tilt(self.means, self.covs)
         eigenvalues, basis = torch.linalg.eigh(covs)  # of a nearly noise-free likelihood: zero up to rounding

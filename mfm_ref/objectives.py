@@ -168,7 +168,7 @@ def semigroup_target(
     *,
     drift: Drift | None = None,
 ) -> Tensor:
-    """X_{w,u}(X_{s,w}(z)) = X_{s,u}(z), in velocities: γ v_{s,w}(z) + (1−γ) v_{w,u}(X_{s,w}(z)), γ = (w−s)/(u−s).
+    """E14: X_{w,u}(X_{s,w}(z)) = X_{s,u}(z), in velocities γ v_{s,w}(z) + (1−γ) v_{w,u}(X_{s,w}(z)), γ = (w−s)/(u−s).
 
     Progressive self-distillation with any w, the shortcut model's objective with w = (s+u)/2. From a drift the
     first leg is one Runge–Kutta step of E12 from s to w: the law is then anchored to the truth at every s, and
@@ -206,7 +206,7 @@ def lagrangian_target(
     *,
     drift: Drift | None = None,
 ) -> Tensor:
-    """∂_u X_{s,u}(z) = b̄_u(X_{s,u}(z)), in velocities: b̄_u(X_{s,u}(z)) − (u−s) ∂_u v_{s,u}(z).
+    """E14: ∂_u X_{s,u}(z) = b̄_u(X_{s,u}(z)), in velocities: b̄_u(X_{s,u}(z)) − (u−s) ∂_u v_{s,u}(z).
 
     b̄ is v_{u,u} of the model, or E12 of the drift. ∂_u is a forward-mode derivative. Arguments, result and
     errors as in `semigroup_target`.
@@ -231,7 +231,7 @@ def eulerian_target(
     *,
     drift: Drift | None = None,
 ) -> Tensor:
-    """∂_s X_{s,u}(z) + ∇_z X_{s,u}(z) b̄_s(z) = 0, in velocities: b̄ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} b̄).
+    """E14: ∂_s X_{s,u}(z) + ∇_z X_{s,u}(z) b̄_s(z) = 0, in velocities: b̄ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} b̄).
 
     b̄ is v_{s,s} of the model, or E12 of the drift. Arguments, result and errors as in `semigroup_target`.
     """
@@ -243,7 +243,7 @@ def eulerian_target(
 def mean_flow_target(
     X: MetaFlowMap, s: Time, u: Time, z: Tensor, t: Time, x: Tensor, velocity: Tensor, y: Tensor | None = None
 ) -> Tensor:
-    """v̇ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} v̇), with v̇ = x₁ − x̄₀ from data.
+    """E14: v̇ + (u−s) (∂_s v_{s,u} + ∇_z v_{s,u} v̇), with v̇ = x₁ − x̄₀ from data.
 
     It is linear in v̇, whose mean given z and the context is b̄_s(z; t, x): so the minimiser is that of
     `eulerian_target`, which calls this with v̇ = b̄. One forward-mode derivative along (1, v̇).

@@ -242,12 +242,18 @@ def quantiles(n: int, x: Tensor) -> Tensor:
 
 
 def law_of_steps(p: GaussianMixture, steps: int) -> GaussianMixture:
-    """What steps of the SDE (E6) with the denoiser of one Gaussian on a line end in: they are affine. It tends to p."""
+    """What steps of the SDE (E6) with the denoiser of one Gaussian on a line end in: they are affine. It tends to p.
+
+    With D held, x_t = t D + (1−t) ξ and a later x_t′, of less noise, are Gaussian, and x_t is x_t′ noised further:
+    Cov(x_t, x_t′) = (t/t′) (1−t′)². A step is the law of x_t′ given x_t.
+    """
     mean, variance = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     for t, t_next in pairwise(time_grid(steps)):
-        keep, gain, std = sde_transition(t, t_next)
+        covariance = t / t_next * (1 - t_next) ** 2
+        keep = covariance / (1 - t) ** 2
+        gain, left = t_next - keep * t, (1 - t_next) ** 2 - keep * covariance
         slope = keep + gain * (p.denoiser(t, mean + 1) - p.denoiser(t, mean))
-        mean, variance = keep * mean + gain * p.denoiser(t, mean), slope**2 * variance + std**2
+        mean, variance = keep * mean + gain * p.denoiser(t, mean), slope**2 * variance + left
     return GaussianMixture(p.weights, mean, variance.unsqueeze(0))
 
 
@@ -552,6 +558,8 @@ def parameterisation(g: Generator) -> Iterator[float]:
         for weight in X.parameters():
             weight.copy_(random(g, *weight.shape) / 4)
         start, rate = derivative(lambda u, X=X, c=c: X(c.s, u, c.z, c.t, c.x), (c.s,), (torch.ones_like(c.s),))
+        jump = X.velocity(c.s, c.u, c.z, c.t, c.x)
+        yield relative(X(c.s, c.u, c.z, c.t, c.x), torch.lerp(c.z, c.z + jump, column(c.u - c.s)))
         yield relative(start, c.z)
         yield relative(rate, X.velocity(c.s, c.s, c.z, c.t, c.x))
 
@@ -656,7 +664,7 @@ def mean_flow(g: Generator) -> Iterator[float]:
 # ---- estimators and fine-tuning ------------------------------------------------------------------------
 
 
-@row("value", "alignment", "value_converges_to_the_closed_form", "04", tolerance=3e-2)
+@row("value", "alignment", "value_converges_to_the_closed_form", "04", tolerance=1e-2)
 def value_from_draws(g: Generator) -> Iterator[float]:
     """E15, value from draws: V̂ = log (1/n) Σ_i exp r(X_{0,1}(ε_i; t, x)).
 
@@ -687,7 +695,7 @@ def guidance_from_quantiles(g: Generator, method: str) -> Iterator[float]:
 
 @row(
     "guidance gradient_guidance",
-    *("alignment", "gradient_estimators_converge_with_slopes_one_half_and_one", "04", RELATIVE, 3e-2),
+    *("alignment", "gradient_estimators_converge_with_slopes_one_half_and_one", "04", RELATIVE, 1e-2),
 )
 def limit_of_the_gradient_estimator(g: Generator) -> Iterator[float]:
     """E16, its limit: (σ_t²/2) Σ_i w_i ∇_x r(X_i) → (σ_t²/2) ∇V, w_i ∝ e^{r(X_i)}."""
@@ -696,7 +704,7 @@ def limit_of_the_gradient_estimator(g: Generator) -> Iterator[float]:
 
 @row(
     "guidance stein_guidance",
-    *("alignment", "gradient_estimators_on_a_trimodal_posterior", "04", RELATIVE, 3e-2),
+    *("alignment", "gradient_estimators_on_a_trimodal_posterior", "04", RELATIVE, 1e-2),
 )
 def gradient_free_estimator(g: Generator) -> Iterator[float]:
     """E17, gradient-free estimator: (σ_t²/2) ∇V = (E[e^r x₁]/E[e^r] − E[x₁])/(1−t) (MFM-GF).
@@ -708,7 +716,7 @@ def gradient_free_estimator(g: Generator) -> Iterator[float]:
 
 @row(
     "guidance controlled_guidance",
-    *("estimators", "the_control_variate_removes_all_noise_along_a_quadratic_reward", "04", RELATIVE, 3e-2),
+    *("estimators", "the_control_variate_removes_all_noise_along_a_quadratic_reward", "04", RELATIVE, 1e-2),
 )
 def controlled_estimator(g: Generator) -> Iterator[float]:
     """E17, with E16, the default: E17 + R² β ⟨Δ, ĝ⟩ ĝ + (1 − R²) e Δ, Δ = E16 − E17.
@@ -735,14 +743,14 @@ def minimiser_of_e18(g: Generator, method: str) -> Iterator[float]:
 
 @row(
     "finetune_loss",
-    *("finetuning", "the_expected_gradient_vanishes_at_the_doob_drift_and_nowhere_else_tried", "05", RELATIVE, 3e-2),
+    *("finetuning", "the_expected_gradient_vanishes_at_the_doob_drift_and_nowhere_else_tried", "05", RELATIVE, 1e-2),
 )
 def finetuning(g: Generator) -> Iterator[float]:
     """E18, fine-tuning: b* minimises E[e^{r(X)} ‖b_θ − b − (σ_t²/2) ∇_x r(X)‖²]."""
     return minimiser_of_e18(g, "gradient")
 
 
-@row("finetune_loss", "finetuning", "the_minimiser_is_the_doob_drift_itself", "05", tolerance=3e-2)
+@row("finetune_loss", "finetuning", "the_minimiser_is_the_doob_drift_itself", "05", tolerance=2e-2)
 def finetuning_by_stein(g: Generator) -> Iterator[float]:
     """E18, fine-tuning, Stein: b* minimises E[e^{r(X)} ‖b_θ − (X − x)/(1−t)‖²]."""
     return minimiser_of_e18(g, "stein")
@@ -793,12 +801,12 @@ def best_of_four(g: Generator) -> Iterator[float]:
 def twisted_smc(g: Generator) -> Iterator[float]:
     """E20, SMC (TDS): E[Ẑ] = E[e^r], E[Ẑ f̂] = E[e^r f(x₁)].
 
-    Unbiased for any number of particles under the law of the steps: 60 populations of 32 particles.
+    Unbiased for any number of particles under the law of the steps: 60 populations of 64 particles.
     """
-    p1, r, runs = mixture(g, 1, 1), GaussianLikelihood(torch.ones(1), 1.0, 1.0), []
+    p1, r, runs = mixture(g, 1, 1), rewards(g, 1)[1], []
     chain = law_of_steps(p1, 4)
     for _ in range(60):
-        found, _ = smc(ExactFlowMap(p1), r, 32, steps=4, generator=g)
+        found, _ = smc(ExactFlowMap(p1), r, 64, steps=4, generator=g)
         white, z = whitened(found.samples, chain.tilt(r)), math.exp(found.log_partition - float(chain.log_partition(r)))
         runs.append([z - 1, z * float(white.mean()), z * float((white**2).mean() - 1)])
     yield scores(torch.tensor(runs))
@@ -825,7 +833,7 @@ def sde_rollouts(g: Generator) -> Iterator[float]:
     """
     p1, t = mixture(g, 1, 2), torch.tensor([0.0, 0.3, 0.6], dtype=torch.float64)
     x = interpolate(random(g, 3, 1), p1.sample(3, generator=g), t)
-    for level in cdf(p1.posterior(t, x), sde_rollout(p1.drift, t, x, 4096, 100, generator=g)).T:
+    for level in cdf(p1.posterior(t, x), sde_rollout(p1.drift, t, x, 4096, 300, generator=g)).T:
         yield uniform_scores(level)
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -113,15 +114,48 @@ def test_what_a_refusal_says():
     )
 
 
-@pytest.mark.parametrize("samples", [randn(2, 3, seed=0), randn(4, 2, seed=0)])
-def test_samples_that_do_not_fit_are_refused(samples):
-    with pytest.raises(ValueError, match=r"samples must be \(n, 3\), n >= 3"):
+@pytest.mark.parametrize(
+    ("samples", "came"),
+    [
+        (randn(2, 3, seed=0), r"\(2, 3\) of torch\.float64"),
+        (randn(4, 2, seed=0), r"\(4, 2\) of torch\.float64"),
+        (torch.tensor(1.0), r"\(\) of torch\.float32"),
+        (torch.ones(4, 3, dtype=torch.long), r"\(4, 3\) of torch\.int64"),
+        ([1, 2], r"\[1, 2\] of type list"),
+        ("samples.pt", "'samples.pt' of type str"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(samples, came):
+    must = r"samples must be \(n, 3\), n >= 3, a tensor of floating-point numbers"
+    with pytest.raises(ValueError, match=f"^{must}, got {came}$"):
         check_reward(torch.sum, (3,), samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("shape", "came"),
+    [
+        (2, "2 of type int"),
+        ((), r"\(\) of type tuple"),
+        ("2", "'2' of type str"),
+        ((2, 0), r"\(2, 0\) of type tuple"),
+        ((2, -1), r"\(2, -1\) of type tuple"),
+        ((2.0,), r"\(2\.0,\) of type tuple"),
+        (None, "None of type NoneType"),
+    ],
+)
+def test_what_is_no_shape_of_a_sample_is_refused(shape, came):
+    with pytest.raises(ValueError, match=f"^shape must be the sizes of one sample, such as \\(2,\\), got {came}$"):
+        check_reward(torch.sum, shape)
+
+
+@pytest.mark.parametrize("shape", [[3], torch.Size([3]), (np.int64(3),)])
+def test_any_sequence_of_sizes_is_a_shape(shape):
+    assert names(check_reward(LinearReward(randn(3, seed=0)), shape)) == REWARD_CHECKS
 
 
 # ---- networks ------------------------------------------------------------------------------------------
 
-NETWORK_CHECKS = ["protocol", "shape", "finite", "inputs", "repeats", "alone", "rows"]
+NETWORK_CHECKS = ["protocol", "shape", "finite", "inputs", "not zero", "repeats", "alone", "rows"]
 NETWORK_CHECKS += ["reads s", "reads u", "reads z", "reads t", "reads context", "weights", "derivative"]
 ALL = ["reads y", "reads guidance", "null class", "save"]
 
@@ -285,14 +319,16 @@ def made(outputs):
 
 
 WRONG_NETWORKS = {
-    "protocol": [nn.Linear(3, 3), Net, variant(shape=[3]), variant(reads_tx=1), variant(velocity=None)],
+    "protocol": [3, nn.Linear(3, 3), Net, variant(shape=[3]), variant(reads_tx=1), variant(velocity=None)],
     "shape": [made(lambda v, z: v[:, 0]), made(lambda v, z: v.mean(0)), made(lambda v, z: v.float()), spread()],
     "finite": [
         seen(z=lambda z, s, **_: z / (1 - s).unsqueeze(1)),
         seen(context=lambda context, t, **_: context / t.unsqueeze(1)),
         seen(u=lambda u, s, **_: (u - s).log()),
+        seen(s=lambda s, **_: torch.where(s % 0.5 == 0, s, torch.nan)),
     ],
     "inputs": [made(in_place)],
+    "not zero": [made(lambda v, z: 0 * v), made(lambda v, z: torch.zeros_like(z))],
     "repeats": [made(lambda v, z: nn.functional.dropout(v))],
     "alone": [
         made(lambda v, z: v + z.mean(0)),
@@ -363,6 +399,29 @@ def test_what_a_network_need_not_have():
 
 def test_a_failure_names_the_weights():
     assert "got none at spare.weight, spare.bias" in refuses("weights", check_network, Spare())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        (3, "3 of type int"),
+        (None, "None of type NoneType"),
+        (Net, "<class .*> of type type"),
+        (variant(velocity=None), "velocity=None"),
+        (variant(shape=[3]), r"shape=\[3\], reads_tx=True"),
+        (variant(reads_tx=1), r"shape=\(3,\), reads_tx=1"),
+    ],
+)
+def test_what_is_no_network_is_named(wrong, came):
+    must = "an nn.Module with a tuple shape, a bool reads_tx, and velocity"
+    assert re.search(f": {must}; got {came}$", refuses("protocol", check_network, wrong))
+
+
+def test_a_velocity_of_zeros_is_called_so():
+    """Not the checks that divide by its size."""
+    assert "a velocity that is not zero everywhere; got 0 where the least is" in refuses(
+        "not zero", check_network, WRONG_NETWORKS["not zero"][0]
+    )
 
 
 # ---- objectives ----------------------------------------------------------------------------------------
@@ -449,6 +508,11 @@ WRONG_OBJECTIVES = {
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, all in WRONG_OBJECTIVES.items() for wrong in all])
 def test_wrong_objectives_are_refused(name, wrong):
     refuses(name, check_objective, wrong)
+
+
+def test_a_graph_is_named():
+    message = refuses("graph", check_objective, WRONG_OBJECTIVES["graph"][0])
+    assert message.endswith("without a graph; got target.requires_grad=True, size.requires_grad=False")
 
 
 @pytest.mark.parametrize("seed", [0, 1])

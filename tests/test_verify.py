@@ -102,6 +102,11 @@ class Backwards(rows.FlowMap):
         return 2 * z - super().forward(s, u, z, t, x, y, guidance)
 
 
+class ByTheDrift(rows.FlowMap):
+    def forward(self, s, u, z, t, x, y=None, guidance=None):
+        return z + column(u - s) * self.velocity(s, s, z, t, x)
+
+
 class FromZero(rows.FlowMap):
     def forward(self, s, u, z, t, x, y=None, guidance=None):
         return z + column(u) * self.velocity(s, u, z, t, x)
@@ -205,6 +210,7 @@ MUTATIONS = [  # row, what is replaced (in verify_residuals, or by its whole nam
     ("one-step draws", "sample_posterior", lambda f: lambda X, t, x, n, eps: f(X, t, x, n, eps=-eps)),
     ("parameterisation", "FlowMap", lambda f: Backwards),
     ("parameterisation", "FlowMap", lambda f: FromZero),
+    ("parameterisation", "FlowMap", lambda f: ByTheDrift),
     ("GLASS", "glass_drift", lambda f: lambda b, s, z, t, x: f(b, t, x, s, z)),
     ("GLASS", "glass_drift", lambda f: lambda b, s, z, t, x: f(b, s, z, 0 * t, x)),
     ("diagonal, teacher", "diagonal_loss", lambda f: lambda X, s, z, t, x, v: f(X, t, x, s, z, v)),
