@@ -1,6 +1,6 @@
 """Meta Flow Maps in one file: a law with exact answers, training, posteriors, steering, fine-tuning.
 
-    python -m tutorials.mini_mfm    # two minutes of one core; with MFM_FAST=1 seconds, hardly trained
+    python -m tutorials.mini_mfm    # three minutes of one core; with MFM_FAST=1 seconds, hardly trained
 
 Noise is at time 0 and data at 1. A state is (B, D), a time a number, () or (B,). (t, x) is the context, s <= u are
 internal times and z is the state at s. The equations E1 to E18 are those of the README; names are those of the package.
