@@ -61,7 +61,7 @@ all_routes = pytest.mark.parametrize(
     [(ONE_GAUSSIAN, EXACT), (ONE_DIMENSION, EXACT), (ONE_LINE, EXACT), (GENERAL, SOLVED)],
     ids=ROUTES,
 )
-few = settings(max_examples=8)  # each example solves an ODE in Python
+few = settings(max_examples=5)  # each example solves an ODE in Python
 
 
 def one_of_each() -> list[GaussianMixture]:
@@ -120,7 +120,7 @@ def test_velocity(p1, tol, data):
 
 
 @all_routes
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_derivatives_in_the_internal_times(p1, tol, data):
     # Lagrangian: ∂_u X = b̄_u(X). Eulerian: ∂_s X + ∇_z X b̄_s(z) = 0. E14 trains on both.
@@ -314,6 +314,7 @@ def test_solve_converges_with_order_eight():
     assert 7 < slope < 10, f"order {slope:.1f}, errors {errors}"  # 8.5 was seen; 7 and 10 would be other schemes
 
 
+@pytest.mark.slow
 def test_the_default_step_resolves_every_context():
     # The logarithmic clock: a posterior a million times narrower than the data needs no smaller steps.
     p1 = random_mixture(3, 4, seed=7)
@@ -356,7 +357,7 @@ def test_the_full_context_is_the_answer(p1):
 def test_late_contexts_approach_the_point(p1):
     # The posterior is (1−t)/t wide at most, times the size of the noise, and the prior pulls by (1−t)²/λ.
     X, z, x = ExactFlowMap(p1), randn(5, p1.dim, seed=1), p1.sample(5, generator=rng(2))
-    for k in range(2, 14, 3):
+    for k in (2, 7, 12):
         t = 1 - 10.0**-k
         assert_close(X(0.0, 1.0, z, t, x), x, 2 * 10.0**-k, row_scale(z, x) / p1.eigenvalues.min())
 
@@ -396,7 +397,7 @@ def test_context_read_from_tx(p1, data):
 @pytest.mark.parametrize(
     ("p1", "t"),
     [
-        pytest.param(p1, t, id=f"{t}-{route}", marks=[pytest.mark.slow] if (route, t) == ("solve", 0.4) else [])
+        pytest.param(p1, t, id=f"{t}-{route}", marks=[pytest.mark.slow] if route == "solve" and t > 0 else [])
         for p1, route in zip(one_of_each(), ROUTES, strict=True)
         for t in (0.0, 0.4, 1.0)
     ],

@@ -77,8 +77,16 @@ def gradient_scores(p1, reward, candidate, law, weight, method) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("problem", "law", "weight", "method"),
-    [("gaussian", law, weight, method) for law in (base_path, box) for weight in WEIGHTS for method in METHODS]
-    + [("mixture", base_path, "early", "gradient"), ("mixture", box, "constant", "stein")],
+    [
+        pytest.param("gaussian", law, weight, method, marks=[] if weight == "constant" else pytest.mark.slow)
+        for law in (base_path, box)
+        for weight in WEIGHTS
+        for method in METHODS
+    ]
+    + [
+        pytest.param("mixture", base_path, "early", "gradient", marks=pytest.mark.slow),
+        ("mixture", box, "constant", "stein"),
+    ],
 )
 def test_the_expected_gradient_vanishes_at_the_doob_drift_and_nowhere_else_tried(problem, law, weight, method):
     p1, reward = PROBLEMS[problem]

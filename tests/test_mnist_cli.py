@@ -287,6 +287,7 @@ def test_download_without_a_folder_or_a_network_is_refused(monkeypatch, tmp_path
 # ---- idx files -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_idx_files_go_through_training_and_steering(tmp_path, monkeypatch):
     """28×28 pixels, and a judge whose images are not the held-out ones: scikit-learn's digits, enlarged."""
     bunch = load_digits()
