@@ -227,7 +227,8 @@ def test_wrong_smc_fails(monkeypatch):
             assert population_scores(SMC_P1, SMC_REWARD, proposal, runs=60).max() > LIMIT
 
 
-@pytest.mark.parametrize("proposal", ["guided", pytest.param("base", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("proposal", ["guided", "base"])
 def test_smc_reaches_the_tilted_mixture(proposal):
     """Mean, mean square and the share of the right-hand mode of a tilted p₁ of three components, 16 populations of
     250 in 200 steps; 1.6e-4 each (Student's t), and a bias of the steps of up to two standard errors. The base law

@@ -709,7 +709,8 @@ def test_a_killed_run_ends_as_an_unbroken_one(tiny, tmp_path):
         assert contents(tmp_path / name) == whole
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_two_processes_write_what_one_writes(tiny, tmp_path, monkeypatch, workers):
     """By the command line; shards that were lost or lack a mended image are made again, and nothing else."""
     monkeypatch.setattr(encode, "VAE", Patches)

@@ -89,6 +89,7 @@ def logged(run, name):
     return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same(ladder, tmp_path):
     """All of it under torchrun: weights to rounding, and by them the samples, posteriors and rewards."""
     for name in ("vae", "latents"):

@@ -238,6 +238,7 @@ def fast(tmp_path, **changes) -> Settings:
     return dataclasses.replace(Settings(out=tmp_path, fast=True), **posteriors.PRESETS["fast"] | changes)
 
 
+@pytest.mark.slow
 def test_fast_run_writes_everything_resumes_and_makes_its_section_from_json(tmp_path, monkeypatch):
     """Images that are no squares, in chunks of rows that divide nothing; then what the words say of other numbers."""
     rung, _ = gaussian_rung((1, 8, 4), n=30)

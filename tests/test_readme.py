@@ -56,7 +56,8 @@ def test_the_network_objective_and_estimator_examples_run_one_after_the_other():
     assert first == second == "torch.Size([3, 1, 4, 4])"
 
 
-@pytest.mark.parametrize("rung", ["mixture", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rung", ["mixture", "digits"])
 def test_rungs_run_from_the_command_line(rung, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"toy.{rung}", "--fast", "--seed", "3", "--out", str(tmp_path)]

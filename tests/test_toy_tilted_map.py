@@ -15,6 +15,7 @@ from toy.mixture import paper_mixture
 from toy.tilted_map import LABELS, LIMIT, Base, ExactDraws, TiltedMapConfig, asked_times, main, resampled, table
 
 
+@pytest.mark.slow
 def test_fast_run_writes_everything_and_repeats_itself(tmp_path, monkeypatch):
     first = main(TiltedMapConfig(out=tmp_path / "first", fast=True))
     monkeypatch.setattr(tilted_map, "draw", lambda *_: None)

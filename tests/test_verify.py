@@ -291,9 +291,16 @@ MUTATIONS = [  # row, what is replaced (in verify_residuals, or by its whole nam
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "target", "wrong"), MUTATIONS, ids=[f"{name}-{k}" for k, (name, *_) in enumerate(MUTATIONS)]
-)
+def each_mutation():
+    """The first of each row; the others are slow tests."""
+    seen: set[str] = set()
+    for k, mutation in enumerate(MUTATIONS):
+        name = mutation[0]
+        yield pytest.param(*mutation, id=f"{name}-{k}", marks=pytest.mark.slow if name in seen else ())
+        seen.add(name)
+
+
+@pytest.mark.parametrize(("name", "target", "wrong"), list(each_mutation()))
 def test_a_wrong_function_fails_its_row(name, target, wrong, monkeypatch):
     """Finite residuals, so that it is not an error on the way that fails, and the first one beyond the tolerance."""
     e = BY_NAME[name]
