@@ -369,7 +369,7 @@ def _batch(shape: Sequence[int]) -> int:
 
 
 def _silent(reward: Reward, x1: Tensor) -> int:
-    """How many samples of NaN got a number."""
+    """How many samples of NaN got a number: none where the reward refuses them, by whatever error."""
     try:
         return int(torch.isfinite(reward(x1)).sum())
     except Exception:
